@@ -1,0 +1,230 @@
+"""BlockMask: which key blocks every block of queries attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+def causal_blocks(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
+    """Blocks of which at least one (query, key) pair is causally visible; q's last row sits at k's last row.
+
+    Returns: bool [NQ, NK], NQ = ceil(q_len / q_block), NK = ceil(kv_len / kv_block).
+    """
+    last_query = _row_bounds(q_len, kv_len, q_block, device)[1] - 1
+    first_key = torch.arange(0, kv_len, kv_block, device=device)
+    return first_key[None, :] <= last_query[:, None]
+
+
+def _row_bounds(q_len: int, kv_len: int, q_block: int, device=None) -> tuple[Tensor, Tensor]:
+    """Absolute position of each query block's first row and of the row after its last, int64 [NQ]."""
+    offset = kv_len - q_len
+    start = torch.arange(offset, kv_len, q_block, device=device)
+    return start, (start + q_block).clamp(max=kv_len)
+
+
+def _pairs_from(first: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
+    """Sum over the rows i in [q0, q1) of the keys j with first <= j <= i (closed form, int64)."""
+    q0 = torch.maximum(q0, first)
+    rows = (q1 - q0).clamp(min=0)
+    return rows * ((q0 + 1 - first) + (q1 - first)) // 2
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """The selection of one attention layer, in FlexAttention's terms and compact.
+
+    kv_num_blocks   [B, H, NQ] int32: how many key blocks each query block reads
+    kv_indices      [B, H, NQ, K] int32: which, ascending in the first kv_num_blocks; the rest is ignored
+    q_len, kv_len   tokens; q's last row sits at k's last row
+    q_block, kv_block   tokens
+    column_indices  [B, H, NQ, C] int32: single key columns outside the chosen blocks, ascending (MInference's verticals)
+    column_num      [B, H, NQ] int32: how many of them count
+    kv_step         tokens between block i and block i + 1: kv_block (None) when blocks tile the keys, 1 when index i means
+                    the block whose first key is i (MInference's slashes)
+    window          if set, inside the chosen blocks query i sees key j only if i - j < window, or j < sink, or i is one of
+                    the `last` rows (A-shape and tri-shape are exact in tokens)
+    trusted         set by builders whose rows are valid by construction; spares the check, which syncs with the GPU
+
+    H is the number of query heads, of KV heads (one selection for a GQA group) or 1. Key visibility is always causal.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    q_len: int
+    kv_len: int
+    q_block: int
+    kv_block: int
+    column_indices: Tensor | None = None
+    column_num: Tensor | None = None
+    kv_step: int | None = None
+    window: int | None = None
+    sink: int = 0
+    last: int = 0
+    trusted: bool = field(default=False, compare=False, repr=False)
+
+    def __post_init__(self):
+        if not 0 < self.q_len <= self.kv_len:
+            raise ValueError(f"BlockMask needs 0 < q_len <= kv_len, got q_len={self.q_len}, kv_len={self.kv_len}")
+        rows = -(-self.q_len // self.q_block)
+        if self.kv_num_blocks.shape[2:] != (rows,) or self.kv_indices.shape[:3] != self.kv_num_blocks.shape:
+            raise ValueError(
+                f"BlockMask of {rows} query blocks needs kv_num_blocks [B, H, {rows}] and kv_indices [B, H, {rows}, K], got "
+                f"{tuple(self.kv_num_blocks.shape)} and {tuple(self.kv_indices.shape)}"
+            )
+        if (self.column_indices is None) != (self.column_num is None):
+            raise ValueError("BlockMask takes column_indices and column_num together or neither")
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, *, trusted=False) -> BlockMask:
+        """From a bool block map [B, H, NQ, NK]; blocks no row can see are dropped. Syncs once to learn the widest row."""
+        dense = dense & causal_blocks(q_len, kv_len, q_block, kv_block, dense.device)
+        num = dense.sum(-1, dtype=torch.int32)
+        width = max(int(num.max()), 1)
+        # A stable sort by "not selected" moves the selected block numbers to the front in ascending order.
+        order = (~dense).to(torch.uint8).sort(dim=-1, stable=True).indices
+        return cls(num, order[..., :width].to(torch.int32), q_len, kv_len, q_block, kv_block, trusted=trusted)
+
+    @property
+    def step(self) -> int:
+        return self.kv_block if self.kv_step is None else self.kv_step
+
+    @property
+    def device(self) -> torch.device:
+        return self.kv_indices.device
+
+    def row_bounds(self) -> tuple[Tensor, Tensor]:
+        """Absolute position of each query block's first row and of the row after its last, int64 [NQ]."""
+        return _row_bounds(self.q_len, self.kv_len, self.q_block, self.device)
+
+    def _valid(self) -> Tensor:
+        return torch.arange(self.kv_indices.shape[-1], device=self.device) < self.kv_num_blocks[..., None]
+
+    def _column_valid(self) -> Tensor:
+        assert self.column_indices is not None and self.column_num is not None
+        return torch.arange(self.column_indices.shape[-1], device=self.device) < self.column_num[..., None]
+
+    def dense(self) -> Tensor:
+        """bool [B, H, NQ, NK] of the chosen blocks (columns not included). Raises: ValueError for untiled blocks."""
+        if self.step != self.kv_block:
+            raise ValueError("blocks of this mask do not tile the keys; use tokens()")
+        blocks = -(-self.kv_len // self.kv_block)
+        index = self.kv_indices.long().where(self._valid(), blocks)
+        out = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.bool, device=self.device)
+        return out.scatter_(-1, index, True)[..., :blocks]
+
+    def tokens(self) -> Tensor:
+        """bool [B, H, q_len, kv_len]: the (query, key) pairs that count. For tests: q_len x kv_len bytes a head."""
+        b, h, rows, _ = self.kv_indices.shape
+        hits = torch.zeros(b, h, rows, self.kv_len + self.kv_block + 1, dtype=torch.int32, device=self.device)
+        first = self.kv_indices.long() * self.step
+        one = self._valid().to(torch.int32)
+        first = first.where(one > 0, 0)
+        hits.scatter_add_(-1, first, one).scatter_add_(-1, first + self.kv_block, -one)
+        keys = (hits.cumsum(-1) > 0)[..., : self.kv_len]
+        if self.column_indices is not None:
+            index = self.column_indices.long().where(self._column_valid(), self.kv_len)
+            columns = torch.zeros(b, h, rows, self.kv_len + 1, dtype=torch.bool, device=self.device)
+            keys = keys | columns.scatter_(-1, index, True)[..., : self.kv_len]
+        keys = keys.repeat_interleave(self.q_block, dim=2)[:, :, : self.q_len]
+        i = torch.arange(self.kv_len - self.q_len, self.kv_len, device=self.device)[:, None]
+        j = torch.arange(self.kv_len, device=self.device)[None, :]
+        visible = j <= i
+        if self.window is not None:
+            visible &= (i - j < self.window) | (j < self.sink) | (i >= self.kv_len - self.last)
+        return keys & visible
+
+    def _pairs_between(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Pairs of each query block with the keys lo <= j < hi; lo and hi int64 [B, H, NQ, *]."""
+
+        def causal(q0, q1, a, b):
+            return _pairs_from(a, q0, q1) - _pairs_from(torch.maximum(a, b), q0, q1)
+
+        q0, q1 = (t[:, None] for t in self.row_bounds())
+        if self.window is None:
+            return causal(q0, q1, lo, hi)
+        cut = q0.clamp(min=self.kv_len - self.last).minimum(q1)  # rows from here on ignore the window
+        sink_hi = hi.clamp(max=self.sink).maximum(lo)
+        near = causal(q0, cut, sink_hi, hi) - causal(q0, cut, sink_hi + self.window, hi + self.window)
+        return causal(cut, q1, lo, hi) + causal(q0, cut, lo, sink_hi) + near
+
+    def pairs(self) -> Tensor:
+        """Selected (query, key) pairs, int64 [B, H], on the mask's device."""
+        first = self.kv_indices.long() * self.step
+        total = (self._pairs_between(first, first + self.kv_block) * self._valid()).sum((-1, -2))
+        if self.column_indices is not None:
+            column = self.column_indices.long()
+            total = total + (self._pairs_between(column, column + 1) * self._column_valid()).sum((-1, -2))
+        return total
+
+    def visible_pairs(self) -> int:
+        """Causally visible (query, key) pairs of one head."""
+        return self.q_len * (self.kv_len - self.q_len) + self.q_len * (self.q_len + 1) // 2
+
+    def density(self) -> Tensor:
+        """Selected pairs / causally visible pairs, float64 [B, H]."""
+        return self.pairs().double() / self.visible_pairs()
+
+    def check(self) -> BlockMask:
+        """This mask, marked trusted. Syncs with the GPU once.
+
+        Raises: ValueError when a query row would see no key, or indices are unsorted, repeated or out of range.
+        """
+        if self.trusted:
+            return self
+        valid, first = self._valid(), self.kv_indices.long() * self.step
+        q0, q1 = self.row_bounds()
+        if bool((self.kv_num_blocks > self.kv_indices.shape[-1]).any() | (self.kv_num_blocks < 0).any()):
+            raise ValueError("kv_num_blocks is negative or larger than the rows of kv_indices")
+        if bool((valid & ((first < 0) | (first >= q1[:, None]))).any()):
+            raise ValueError("a query block lists a key block that none of its rows may see (negative or after its causal end)")
+        gap_too_small = first[..., 1:] - first[..., :-1] < self.kv_block
+        if bool((valid[..., 1:] & gap_too_small).any()):
+            raise ValueError("kv_indices must be ascending without overlap in the first kv_num_blocks of each row")
+        seen = (valid & (first <= q0[:, None])).any(-1)
+        if self.window is not None:
+            reaches = (first + self.kv_block >= q1[:, None]) | ((first == 0) & (self.sink > 0))
+            seen = (valid & (first <= q0[:, None]) & reaches).any(-1)
+        if self.column_indices is not None:
+            column, column_valid = self.column_indices.long(), self._column_valid()
+            if bool((column_valid & ((column < 0) | (column >= self.kv_len))).any()):
+                raise ValueError("column_indices are out of range")
+            seen = seen | (column_valid & (column <= q0[:, None])).any(-1)
+        if not bool(seen.all()):
+            b, h, r = (~seen).nonzero()[0].tolist()
+            raise ValueError(f"a query row would see no key: batch {b}, head {h}, query block {r}")
+        return replace(self, trusted=True)
+
+    def to_flex(self):
+        """The same selection as torch.nn.attention.flex_attention.BlockMask (partly visible blocks get the causal mask).
+
+        Raises: ValueError when the mask has columns or untiled blocks, which FlexAttention cannot express.
+        """
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        if self.column_indices is not None or self.step != self.kv_block:
+            raise ValueError("FlexAttention has no form for single columns or for blocks that do not tile the keys")
+        dense = self.dense()
+        q0 = self.row_bounds()[0]
+        offset, window, sink, tail = self.kv_len - self.q_len, self.window, self.sink, self.kv_len - self.last
+
+        def mask_mod(b, h, q_idx, kv_idx):
+            i = q_idx + offset
+            visible = kv_idx <= i
+            if window is not None:
+                visible = visible & ((i - kv_idx < window) | (kv_idx < sink) | (i >= tail))
+            return visible
+
+        last_key = torch.arange(1, dense.shape[-1] + 1, device=self.device) * self.kv_block - 1
+        full = dense & (last_key <= q0[:, None]) & (window is None)
+
+        def rows(part: Tensor) -> tuple[Tensor, Tensor]:
+            order = (~part).to(torch.uint8).sort(dim=-1, stable=True).indices
+            return part.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+        return FlexBlockMask.from_kv_blocks(
+            *rows(dense & ~full), *rows(full), BLOCK_SIZE=(self.q_block, self.kv_block), mask_mod=mask_mod,
+            seq_lengths=(self.q_len, self.kv_len),
+        )  # fmt: skip

@@ -1,0 +1,283 @@
+"""Attention over the blocks of a BlockMask: op, reference, Triton kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .block_mask import BlockMask
+
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (64, 96, 128, 256)
+
+
+def resolve_impl(impl: str, q: Tensor) -> str:
+    """The implementation that `impl` means for q: "auto" is Triton on CUDA where head_dim is supported, else the reference.
+
+    Raises: ValueError for an unknown name.
+    """
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl is 'auto', 'triton' or 'reference', got {impl!r}")
+    if impl == "auto":
+        return "triton" if q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype != torch.float64 else "reference"
+    return impl
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T over the selected, causally visible keys) v.
+
+    Source: Dao et al. 2022 (arXiv 2205.14135), Algorithm 1, over the key blocks that `mask` lists; no other block is read.
+
+    Args:
+        q: [B, H, q_len, D] bf16/fp16/fp32.
+        k, v: [B, H_kv, kv_len, D], same dtype, H % H_kv == 0.
+        mask: batch B or 1; heads H, H_kv or 1.
+        scale: logits factor, 1 / sqrt(D) by default.
+        return_lse: also return the natural-log sum of exponentials.
+        impl: "auto" | "triton" | "reference"; a named one never falls back.
+
+    Returns: [B, H, q_len, D] in q's dtype, accumulated in fp32; with return_lse also lse [B, H, q_len] fp32.
+    Raises: ValueError when a query row would see no key, shapes or dtypes disagree, or D is unsupported.
+    """
+    _check_shapes(q, k, v, mask)
+    mask = mask.check()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if resolve_impl(impl, q) == "triton":
+        out, lse = _triton_forward(q, k, v, mask, scale, return_lse)
+    else:
+        out, lse = block_sparse_attention_reference(q, k, v, mask, scale)
+    return (out, lse) if return_lse else out
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"need q [B, H, q_len, D] and k, v [B, H_kv, kv_len, D], got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
+        raise ValueError(f"mask is for {mask.q_len} x {mask.kv_len} tokens, got {shapes}")
+    batch, heads = mask.kv_num_blocks.shape[:2]
+    if batch not in (1, q.shape[0]) or heads not in (1, k.shape[1], q.shape[1]):
+        raise ValueError(f"mask for batch {batch} and {heads} heads does not fit {shapes}")
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}, q on {q.device}")
+
+
+def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition in torch, one query block at a time; computes in fp32, or in fp64 for fp64 inputs."""
+    batch, heads, q_len, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group, mask_group = heads // k.shape[1], heads // mask.kv_num_blocks.shape[1]
+    b = torch.arange(batch, device=q.device)[:, None, None]
+    kv_head = (torch.arange(heads, device=q.device) // group)[None, :, None]
+
+    def per_head(x: Tensor) -> Tensor:
+        return x.repeat_interleave(mask_group, dim=1).expand(batch, *[-1] * (x.ndim - 1))
+
+    num, index = per_head(mask.kv_num_blocks), per_head(mask.kv_indices).long() * mask.step
+    if mask.column_indices is not None:
+        assert mask.column_num is not None
+        column_num, column_index = per_head(mask.column_num), per_head(mask.column_indices).long()
+    out, lse = [], []
+    for r, q0 in enumerate(range(0, q_len, mask.q_block)):
+        q1 = min(q0 + mask.q_block, q_len)
+        width = max(int(num[:, :, r].max()), 1)
+        first = index[:, :, r, :width]
+        listed = torch.arange(width, device=q.device) < num[:, :, r, None]
+        keys = (first[..., None] + torch.arange(mask.kv_block, device=q.device)).flatten(-2)
+        valid = listed.repeat_interleave(mask.kv_block, dim=-1)
+        if mask.column_indices is not None:
+            columns = int(column_num[:, :, r].max())
+            keys = torch.cat([keys, column_index[:, :, r, :columns]], dim=-1)
+            valid = torch.cat([valid, torch.arange(columns, device=q.device) < column_num[:, :, r, None]], dim=-1)
+        valid = valid & (keys < mask.kv_len)
+        keys = keys.where(valid, keys.where(valid, mask.kv_len).amin(-1, keepdim=True))  # padding re-reads a listed key
+        i = torch.arange(q0, q1, device=q.device)[:, None] + mask.kv_len - q_len
+        seen = valid[:, :, None, :] & (keys[:, :, None, :] <= i)
+        if mask.window is not None:
+            j = keys[:, :, None, :]
+            seen &= (i - j < mask.window) | (j < mask.sink) | (i >= mask.kv_len - mask.last)
+        logits = q[:, :, q0:q1].to(dtype) @ k[b, kv_head, keys].to(dtype).transpose(-1, -2) * scale
+        logits = logits.masked_fill(~seen, float("-inf"))
+        lse.append(logits.logsumexp(-1))
+        out.append((logits - lse[-1][..., None]).exp() @ v[b, kv_head, keys].to(dtype))
+    return torch.cat(out, dim=2).to(q.dtype), torch.cat(lse, dim=2)
+
+
+@triton.jit
+def _attend_tile(
+    b_q, b_acc, b_m, b_l, p_k, p_v, o_key, m_key, o_row, stride_kn, stride_vn, scale_log2, kv_len,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: keys o_key [BN], of which m_key count; only MASKED tiles look at causality."""
+    o_d = tl.arange(0, BD)
+    p_k = p_k + o_d[:, None] + o_key[None, :] * stride_kn
+    p_v = p_v + o_key[:, None] * stride_vn + o_d[None, :]
+    # [BD, BN] and [BN, BD]
+    if MASKED:
+        b_k = tl.load(p_k, mask=m_key[None, :] & (o_d < D)[:, None], other=0.0)
+        b_v = tl.load(p_v, mask=m_key[:, None] & (o_d < D)[None, :], other=0.0)
+    elif BD != D:
+        b_k = tl.load(p_k, mask=(o_d < D)[:, None], other=0.0)
+        b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_k)
+        b_v = tl.load(p_v)
+    # [BM, BN]
+    b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2
+    if MASKED:
+        seen = m_key[None, :] & (o_key[None, :] <= o_row[:, None])
+        if WINDOW >= 0:
+            near = (o_row[:, None] - o_key[None, :] < WINDOW) | (o_key < SINK)[None, :] | (o_row >= kv_len - LAST)[:, None]
+            seen = seen & near
+        b_s = tl.where(seen, b_s, float("-inf"))
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+        b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    else:
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+        b_base = b_m_new
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_alpha = tl.exp2(b_m - b_base)
+    b_l = b_l * b_alpha + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    return b_acc, b_m_new, b_l
+
+
+@triton.jit
+def block_sparse_attention_fwd_kernel(
+    q, k, v, o, lse, kv_num, kv_index, column_num, column_index,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om,
+    stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, KV_STEP: tl.constexpr, EDGE_TILES: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STORE_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM query rows of one head. The tiles that may cross the diagonal come before the pipelined loop.
+
+    A masked tile after the loop would make ptxas serialise every wgmma of the loop (C7515), so the list is walked from
+    its end: first the EDGE_TILES last tiles with masks, then the rest, which every row of the program sees whole.
+    """
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # long rows first
+    i_b = (tl.program_id(1) // heads).to(tl.int64)
+    i_h = (tl.program_id(1) % heads).to(tl.int64)
+    i_row = i_tile * BM // Q_BLOCK
+    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * rows + i_row
+    kv_index += i_mask * width
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + (i_h // group) * stride_kh
+    v += i_b * stride_vb + (i_h // group) * stride_vh
+    o += i_b * stride_ob + i_h * stride_oh
+
+    o_m = i_tile * BM + tl.arange(0, BM)
+    o_row = o_m + kv_len - q_len
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_q = (o_m < q_len)[:, None] & (o_d < D)[None, :]
+    # [BM, BD]
+    b_q = tl.load(q + o_m[:, None].to(tl.int64) * stride_qm + o_d[None, :], mask=m_q, other=0.0)
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+
+    SPLIT: tl.constexpr = KV_BLOCK // BN
+    tiles = tl.load(kv_num + i_mask) * SPLIT
+    for i in range(EDGE_TILES):
+        t = tiles - 1 - i
+        end = tl.where(t >= 0, kv_len, 0)
+        t = tl.maximum(t, 0)
+        first = tl.load(kv_index + t // SPLIT).to(tl.int64) * KV_STEP + t % SPLIT * BN
+        o_key = first + o_n
+        b_acc, b_m, b_l = _attend_tile(
+            b_q, b_acc, b_m, b_l, k, v, o_key, o_key < end, o_row, stride_kn, stride_vn, scale_log2, kv_len,
+            WINDOW, SINK, LAST, D, BD, True, PRECISION,
+        )  # fmt: skip
+    if HAS_COLUMNS:
+        listed = tl.load(column_num + i_mask)
+        for c in range(0, listed, BN):
+            m_key = c + o_n < listed
+            o_key = tl.load(column_index + i_mask * columns + c + o_n, mask=m_key, other=0).to(tl.int64)
+            b_acc, b_m, b_l = _attend_tile(
+                b_q, b_acc, b_m, b_l, k, v, o_key, m_key, o_row, stride_kn, stride_vn, scale_log2, kv_len,
+                WINDOW, SINK, LAST, D, BD, True, PRECISION,
+            )  # fmt: skip
+    for t in range(0, tiles - EDGE_TILES):
+        first = tl.load(kv_index + t // SPLIT).to(tl.int64) * KV_STEP + t % SPLIT * BN
+        o_key = first + o_n
+        b_acc, b_m, b_l = _attend_tile(
+            b_q, b_acc, b_m, b_l, k, v, o_key, o_key < kv_len, o_row, stride_kn, stride_vn, scale_log2, kv_len,
+            WINDOW, SINK, LAST, D, BD, WINDOW >= 0, PRECISION,
+        )  # fmt: skip
+
+    b_o = b_acc / b_l[:, None]
+    tl.store(o + o_m[:, None].to(tl.int64) * stride_om + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_q)
+    if STORE_LSE:
+        b_lse = (b_m + tl.log2(b_l)) * 0.6931471805599453
+        tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
+
+
+def _launch_options(q: Tensor, mask: BlockMask) -> dict:
+    """Tile shape, warps and stages for q's dtype and head_dim; measured on an H100 (docs/kernels.md)."""
+    wide = q.shape[-1] > 128
+    if q.dtype == torch.float32:
+        return dict(BM=64, BN=32, num_warps=4, num_stages=1 if wide else 2)
+    if mask.q_block == 128 and mask.kv_block == 128 and not wide:
+        return dict(BM=128, BN=128, num_warps=8, num_stages=2)
+    return dict(BM=64, BN=64, num_warps=4, num_stages=2 if wide else 3)
+
+
+def _edge_tiles(mask: BlockMask, BM: int, BN: int) -> int:
+    """How many tiles at the end of a row's list may hold a key later than the first row of a program."""
+    if (mask.kv_len - mask.q_len) % BM == 0 and mask.step % BN == 0:
+        largest = max(mask.q_block, mask.kv_block)
+        if (mask.kv_len - mask.q_len) % largest == 0:
+            return largest // BN
+    # Blocks that start less than q_block rows after the program's first row and end after it, whole blocks counted.
+    blocks = (mask.q_block + mask.kv_block - 3) // mask.kv_block + 1
+    return blocks * (mask.kv_block // BN)
+
+
+def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, store_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, dim = q.shape
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"the Triton kernel supports head_dim {HEAD_DIMS}, got {dim}")
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32, got {q.dtype}")
+    if mask.q_block not in (64, 128) or mask.kv_block not in (64, 128):
+        raise ValueError(f"the Triton kernel supports blocks of 64 and 128, got {mask.q_block} x {mask.kv_block}")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    options = _launch_options(q, mask)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
+    num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
+    mask_batch, mask_heads, rows, width = index.shape
+    columns = num if mask.column_indices is None else mask.column_indices.contiguous()
+    column_num = num if mask.column_num is None else mask.column_num.contiguous()
+    grid = (triton.cdiv(q_len, options["BM"]), batch * heads)
+    block_sparse_attention_fwd_kernel[grid](
+        q, k, v, out, lse, num, index, column_num, columns,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2],
+        rows, width, columns.shape[-1], scale * LOG2E,
+        D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step,
+        EDGE_TILES=_edge_tiles(mask, options["BM"], options["BN"]), HAS_COLUMNS=mask.column_indices is not None,
+        WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink, LAST=mask.last, STORE_LSE=store_lse,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
+    )  # fmt: skip
+    return out, lse

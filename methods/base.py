@@ -1,0 +1,246 @@
+"""What a sparse attention method is, what it is given, and how to run one on plain tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import BlockMask, block_sparse_attention, causal_blocks
+
+METHODS: dict[str, type[Method]] = {}
+
+Rope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a method may know of the model it is prepared for."""
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass
+class LayerContext:
+    """Everything a method may read besides q and k, for one layer and one forward pass."""
+
+    layer: int
+    phase: str  # "prefill" (also chunked: 1 < q_len < kv_len) or "decode"
+    scale: float  # logits factor
+    v: Tensor  # [B, H_kv, kv_len, D]
+    positions: Tensor  # [q_len] absolute positions of q's rows
+    state: dict[str, Any] = field(default_factory=dict)  # this layer's scratch, cleared at every prefill
+    rope: Rope | None = None  # (positions [n], dim) -> cos, sin [n, dim], half-split, with the model's own theta and scaling
+    num_layers: int = 1
+    mask: BlockMask | None = None  # what ran; methods that override attend() report theirs here, None means dense
+    q: Tensor | None = field(default=None, repr=False)
+    k: Tensor | None = field(default=None, repr=False)
+    _q_pre: Tensor | None = field(default=None, repr=False)
+    _k_pre: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def q_pre(self) -> Tensor:
+        """[B, H, q_len, D] before RoPE (after q_norm where the model has one); computed on first use."""
+        if self._q_pre is None:
+            assert self.q is not None
+            self._q_pre = self._undo_rope(self.q, self.positions)
+        return self._q_pre
+
+    @property
+    def k_pre(self) -> Tensor:
+        """[B, H_kv, kv_len, D] before RoPE (after k_norm where the model has one); computed on first use."""
+        if self._k_pre is None:
+            assert self.k is not None
+            self._k_pre = self._undo_rope(self.k, torch.arange(self.k.shape[2], device=self.k.device))
+        return self._k_pre
+
+    def _undo_rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.rope is None:
+            raise ValueError("this method reads q and k before RoPE: pass q_pre and k_pre, or rope_theta")
+        cos, sin = self.rope(positions, x.shape[-1])
+        x32 = x.float()
+        # cos and sin may carry YaRN's attention factor f; rotating back by (cos, -sin) leaves f^2.
+        return ((x32 * cos - rotate_half(x32) * sin) / (cos * cos + sin * sin)).to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """(x1, x2) -> (-x2, x1) over the halves of the last dimension (RoPE's half-split convention)."""
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def plain_rope(theta: float) -> Rope:
+    """RoPE tables without scaling (Su et al. 2021, arXiv 2104.09864), fp32."""
+
+    def tables(positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        channel = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+        angle = positions.float()[:, None] * (1.0 / theta ** (channel / dim))
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos(), angle.sin()
+
+    return tables
+
+
+class Method:
+    """Base of all methods. A subclass is a frozen dataclass whose fields are the hyper-parameters (the paper's defaults)
+    and overrides exactly one of score, select, attend. Instances are immutable; scratch lives in ctx.state."""
+
+    name: ClassVar[str]
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill"})
+    knob: ClassVar[str | None] = None  # the field that moves density
+    knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # sparsest and densest value, in this order
+    needs: ClassVar[str] = "nothing"  # "training", "search" or "nothing"
+
+    def score(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
+        """Importance of key blocks, [B, H, NQ, NK]. The best ones of every row are kept up to the fields `density` and
+        `block` (tokens, 64 when absent) of the method."""
+        raise NotImplementedError
+
+    def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
+        """The blocks to attend to. q [B, H, q_len, D], k [B, H_kv, kv_len, D], after RoPE."""
+        block = getattr(self, "block", 64)
+        return keep_top(self.score(q, k, ctx), q.shape[2], k.shape[2], block, block, getattr(self, "density"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        """The attention output [B, H, q_len, D]."""
+        ctx.mask = self.select(q, k, ctx)
+        return block_sparse_attention(q, k, v, ctx.mask, scale=ctx.scale)
+
+    def prepare(self, model: ModelSpec) -> Method:
+        """This method with what it needs for `model` loaded (a trained gate, a per-head file); the default needs nothing.
+
+        Raises: ValueError with what is missing and how to get it.
+        """
+        return self
+
+    def synthetic(self, model: ModelSpec, seed: int) -> Method:
+        """The method as the speed suite runs it on random tensors, where nothing can be trained or searched."""
+        return self
+
+    @property
+    def note(self) -> str:
+        """What a reader of the result row must know, e.g. an untrained gate; empty by default."""
+        return ""
+
+    def params(self) -> dict[str, Any]:
+        """Hyper-parameters as JSON values: part of a result's identity."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator: make a method known by its name.
+
+    Raises: ValueError for a duplicate name, a class that is no frozen dataclass, or one that overrides none or several of
+    score, select and attend.
+    """
+    params = getattr(cls, "__dataclass_params__", None)
+    if params is None or not params.frozen or "__dataclass_fields__" not in vars(cls):
+        raise ValueError(f"{cls.__name__} must be a @dataclass(frozen=True) below @register")
+    overridden = [f for f in ("score", "select", "attend") if getattr(cls, f) is not getattr(Method, f)]
+    if len(overridden) != 1:
+        raise ValueError(f"{cls.__name__} must override exactly one of score, select, attend; it overrides {overridden}")
+    if cls.knob is not None and cls.knob not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        raise ValueError(f"{cls.__name__}.knob names no field: {cls.knob!r}")
+    if METHODS.get(cls.name, cls).__qualname__ != cls.__qualname__ or cls.name in METHODS:
+        raise ValueError(f"a method named {cls.name!r} is registered already")
+    METHODS[cls.name] = cls
+    return cls
+
+
+def row_budgets(density: float, q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
+    """Blocks to keep per query block, int64 [NQ], at least 1: a row keeps the one nearest the diagonal and as many whole
+    blocks as bring the pairs selected so far nearest to `density` of the pairs visible so far, so the total is exact to
+    one block wherever the minimum of one block allows it."""
+    visible = causal_blocks(q_len, kv_len, q_block, kv_block).sum(-1).tolist()
+    budgets, owed = [], 0.0
+    for r, blocks in enumerate(visible):
+        q0 = kv_len - q_len + r * q_block
+        q1 = min(q0 + q_block, kv_len)
+        rows = q1 - q0
+        pairs = rows * (q0 + 1 + q1) // 2
+        edge_start = (blocks - 1) * kv_block
+        edge = sum(max(0, i + 1 - edge_start) for i in range(q0, q1))
+        owed += density * pairs
+        keep = min(blocks, 1 + max(0, round((owed - edge) / (rows * kv_block))))
+        owed -= pairs if keep == blocks else edge + (keep - 1) * rows * kv_block
+        budgets.append(keep)
+    return torch.tensor(budgets, device=device)
+
+
+def keep_top(scores: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, density: float) -> BlockMask:
+    """BlockMask of the best-scored causal blocks of every row, row_budgets() of them; ties go to the earlier block."""
+    visible = causal_blocks(q_len, kv_len, q_block, kv_block, scores.device)
+    budget = row_budgets(density, q_len, kv_len, q_block, kv_block)
+    width = int(budget.max())
+    if scores.shape[-2:] != visible.shape:
+        raise ValueError(f"score() must return [B, H, {visible.shape[0]}, {visible.shape[1]}], got {tuple(scores.shape)}")
+    if scores.is_floating_point():
+        scores = scores.nan_to_num(nan=float("-inf"))
+    order = scores.masked_fill(~visible, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    budget = budget.to(scores.device)
+    kept = torch.arange(width, device=scores.device) < budget[:, None]
+    index = order.masked_fill(~kept, visible.shape[1]).sort(dim=-1).values.to(torch.int32)
+    num = budget.to(torch.int32).expand(scores.shape[:-1])
+    # A row whose only block starts after its first query would leave that query blind: possible when q_block > kv_block.
+    trusted = q_block <= kv_block and (kv_len - q_len) % kv_block == 0
+    return BlockMask(num.contiguous(), index, q_len, kv_len, q_block, kv_block, trusted=trusted)
+
+
+def check_fields(method: Method, **bounds: tuple[float, float]) -> None:
+    """Raise ValueError naming the first field outside its closed interval; None values pass."""
+    for name, (low, high) in bounds.items():
+        value = getattr(method, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{method.name}:{name}={value} is out of range [{low:g}, {high:g}]")
+
+
+def _context(q, k, v, q_pre, k_pre, rope_theta, layer) -> LayerContext:
+    q_len, kv_len = q.shape[2], k.shape[2]
+    return LayerContext(
+        layer=layer, phase="decode" if q_len == 1 < kv_len else "prefill", scale=q.shape[-1] ** -0.5, v=v,
+        positions=torch.arange(kv_len - q_len, kv_len, device=q.device), rope=rope_theta and plain_rope(rope_theta),
+        q=q, k=k, _q_pre=q_pre, _k_pre=k_pre,
+    )  # fmt: skip
+
+
+def select(
+    method: Method, q: Tensor, k: Tensor, v: Tensor | None = None, *, q_pre: Tensor | None = None,
+    k_pre: Tensor | None = None, rope_theta: float | None = None, layer: int = 0,
+) -> BlockMask:  # fmt: skip
+    """What `method` would attend to, outside any model.
+
+    Args:
+        q [B, H, q_len, D], k, v [B, H_kv, kv_len, D] after RoPE; q_pre, k_pre the same before RoPE, else undone from q and k
+        with rope_theta; layer is what methods with per-layer settings look at.
+
+    Returns: BlockMask. Raises: ValueError when the method needs what was not given.
+    """
+    if type(method).attend is not Method.attend:
+        return attention(method, q, k, k if v is None else v, q_pre=q_pre, k_pre=k_pre, rope_theta=rope_theta, layer=layer)[1]
+    return method.select(q, k, _context(q, k, v, q_pre, k_pre, rope_theta, layer))
+
+
+def attention(
+    method: Method, q: Tensor, k: Tensor, v: Tensor, *, q_pre: Tensor | None = None, k_pre: Tensor | None = None,
+    rope_theta: float | None = None, layer: int = 0,
+) -> tuple[Tensor, BlockMask]:  # fmt: skip
+    """The attention output [B, H, q_len, D] of `method` outside any model, and the BlockMask that ran; see select()."""
+    ctx = _context(q, k, v, q_pre, k_pre, rope_theta, layer)
+    out = method.attend(q, k, v, ctx)
+    return out, ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
+
+
+def dense_mask(q_len: int, kv_len: int, device=None, block: int = 64) -> BlockMask:
+    """The BlockMask of all causal blocks, [1, 1, NQ, NK]."""
+    visible = causal_blocks(q_len, kv_len, block, block, device)[None, None]
+    num = visible.sum(-1, dtype=torch.int32)
+    index = torch.arange(visible.shape[-1], dtype=torch.int32, device=device).expand(visible.shape).contiguous()
+    return BlockMask(num, index, q_len, kv_len, block, block, trusted=True)
