@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from .methods.base import attention, select  # noqa: E402
+from .methods.base import attention, select
 
 __all__ = ["attention", "select"]
