@@ -1,0 +1,113 @@
+"""What one measurement is (Cell), what it yields (Score), and what a suite must provide to be run on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+SCHEMA = 1  # of Cell and of the stored rows; raise it when either changes, so that old results are never mixed with new ones
+
+SUITES: dict[str, type[Suite]] = {}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one example. `unit` names the value's unit ("nats", "ms", "%", "tokens"; "" for a plain ratio)."""
+
+    task: str
+    example: str
+    metric: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The identity of a measurement: every input that changes a number, and nothing else.
+
+    `params` may be given as a mapping and is kept as canonical JSON (sorted keys, 1.0 written as 1), see `settings`.
+    Raises: ValueError when params are no JSON object.
+    """
+
+    model: str
+    revision: str
+    method: str
+    params: str | Mapping[str, Any]
+    suite: str
+    task: str
+    ctx_len: int  # tokens
+    density: float | None  # the target; what was measured is stored beside the scores
+    limit: int | None  # examples
+    seed: int
+    dtype: str
+    device: str = ""  # only where the number is a time or a size
+    inputs: str = ""  # digest of files given by path (a corpus, trained gates), which can change under the same name
+
+    def __post_init__(self):
+        params = json.loads(self.params) if isinstance(self.params, str) else self.params
+        if not isinstance(params, Mapping):
+            raise ValueError(f"params must be a JSON object, not {self.params!r}")
+        object.__setattr__(self, "params", canonical_json(params))
+        if self.density is not None:
+            object.__setattr__(self, "density", float(self.density))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`params` as a dictionary."""
+        return json.loads(str(self.params))
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that name the stored file: equal for equal cells of one schema."""
+        return hashlib.sha256(canonical_json({**asdict(self), "schema": SCHEMA}).encode()).hexdigest()[:16]
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """The same text for the same content: sorted keys, no spaces, whole floats as integers.
+
+    Raises: ValueError for NaN, infinities and anything JSON cannot express.
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {str(k): plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        return int(x) if isinstance(x, float) and x.is_integer() else x
+
+    try:
+        return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"cannot be part of a result's identity: {error}") from None
+
+
+class NotApplicable(Exception):
+    """Raised by run() when a cell makes no sense here (no document is long enough): stored as skipped, with the message."""
+
+
+class Suite:
+    """Base of all suites. A subclass sets `name` and yields the scores of one cell."""
+
+    name: ClassVar[str]
+    attached: ClassVar[bool] = True  # the runner attaches the method around run(); quality suites never see a method
+    needs_model: ClassVar[bool] = True  # run() gets a loaded model, else None
+    needs_gpu: ClassVar[bool] = False
+
+    def run(self, model: Any, cell: Cell) -> Iterator[Score]:
+        """The scores of `cell`. Raises: NotApplicable with the reason when the cell cannot be measured."""
+        raise NotImplementedError
+
+    def facts(self, model: Any, cell: Cell) -> dict[str, Any]:
+        """What a reader of the rows must know besides the scores (documents used and skipped): stored as provenance."""
+        return {}
+
+
+def register_suite(cls: type[Suite]) -> type[Suite]:
+    """Class decorator: make a suite known by its name. Raises: ValueError for a name that is taken."""
+    if cls.name in SUITES:
+        raise ValueError(f"a suite named {cls.name!r} is registered already")
+    SUITES[cls.name] = cls
+    return cls
