@@ -1,0 +1,68 @@
+"""Pictures of the results: perplexity against the density that was measured."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .store import write_atomically
+from .tables import SETTINGS, ctx_name, summary
+
+FRAMING = ("oracle", "random")  # the ceiling and the floor of any selection
+
+
+def perplexity_plots(frame: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """Write a PNG per model, corpus, context and settings into `folder` and return their paths."""
+    table = summary(frame)
+    table = table[table["metric"] == "perplexity"]
+    paths: list[Path] = []
+    for _, group in table.groupby(["model", "revision", "task", "ctx_len", *SETTINGS], dropna=False, sort=True):
+        first = group.iloc[0]
+        name = f"{first['model'].rstrip('/').split('/')[-1]}-{first['task']}-{ctx_name(first['ctx_len'])}"
+        name = "perplexity-" + re.sub(r"[^A-Za-z0-9.]+", "-", name)
+        path = Path(folder) / f"{name}.png"
+        for number in range(2, len(paths) + 2):  # the same names with other settings
+            path = path if path not in paths else path.with_name(f"{name}-{number}.png")
+        write_atomically(path, _png(group))
+        paths.append(path)
+    return paths
+
+
+def _png(group: pd.DataFrame) -> bytes:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    first = group.iloc[0]
+    for _, row in group[group["method"] == "dense"].head(1).iterrows():
+        axes.axhline(row["value"], color="black", linewidth=1.2, label="dense")
+    sparse = group[(group["method"] != "dense") & group["density"].notna()]
+    colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for number, (method, points) in enumerate(sparse.groupby("method", sort=True)):
+        _line(axes, str(method), points.sort_values("density"), colors[(2 * number + number // 10) % len(colors)])
+    if group["value"].max() > 10 * group["value"].min():
+        axes.set_yscale("log")
+    axes.set_xlabel("measured density (selected / causally visible pairs)")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title(f"{first['model']}: {first['task']}, {ctx_name(first['ctx_len'])} tokens, {first['dtype']}", fontsize=11)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=9)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130)
+    return stream.getvalue()
+
+
+def _line(axes: Axes, method: str, points: pd.DataFrame, color: tuple) -> None:
+    bars = [
+        (points["value"] - points["low"]).clip(lower=0).fillna(0),
+        (points["high"] - points["value"]).clip(lower=0).fillna(0),
+    ]
+    color, style = ("dimgray", "--") if method in FRAMING else (color, "-")
+    marker = {"oracle": "v", "random": "^"}.get(method, "o")
+    look = {"color": color, "linestyle": style, "marker": marker, "capsize": 2, "elinewidth": 0.8}
+    axes.errorbar(points["density"], points["value"], yerr=bars, label=method, **look)

@@ -1,0 +1,63 @@
+"""One HTML file with everything a reader needs: tables, plots, what is missing and why, and what the numbers ran on."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from .store import write_atomically
+from .tables import alarms, compact, leaderboard, problems, summary
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
+div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;
+border-bottom:1px solid #ddd;white-space:nowrap}td.wide{white-space:normal}img{max-width:100%}pre{white-space:pre-wrap}"""
+
+
+def write_report(frame: pd.DataFrame, path: str | Path, plots: Iterable[Path] = (), title: str = "sparsebench") -> None:
+    """Write a report that needs no other file. `frame` is Store.frame(), `plots` are PNG files to embed."""
+    table = summary(frame)
+    body = [f"<h1>{escape(title)}</h1>"]
+    if table.empty:
+        body.append("<p>No results yet.</p>")
+    for (suite, model), group in table.groupby(["suite", "model"], sort=True):
+        body += [f"<h2>{escape(f'{suite}, {model}')}</h2>", _html(compact(group))]
+    if not table.empty:
+        body.append(
+            "<p>Intervals are 95 % bootstrap intervals over documents or examples; n = 1 has none. Density is measured.</p>"
+        )
+    for plot in plots:
+        picture = base64.b64encode(plot.read_bytes()).decode()
+        body.append(f'<p><img alt="{escape(plot.stem)}" src="data:image/png;base64,{picture}"></p>')
+    for heading, lines in (("Look again", alarms(table)), ("Skipped and failed", problems(frame)), ("Notes", _notes(table))):
+        if lines:
+            body += [f"<h2>{heading}</h2><ul>", *(f"<li>{escape(line)}</li>" for line in lines), "</ul>"]
+    body += ["<h2>Leaderboard</h2>", _html(leaderboard(frame)), "<h2>Provenance</h2>", _html(_provenance(frame))]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    write_atomically(
+        Path(path), f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _html(table: pd.DataFrame) -> str:
+    return f"<div>{table.to_html(index=False, na_rep='', border=0, float_format='{:.4g}'.format)}</div>"
+
+
+def _notes(table: pd.DataFrame) -> list[str]:
+    noted = table.loc[table["note"] != "", ["label", "note"]].drop_duplicates()
+    return [f"{label}: {note}" for label, note in zip(noted["label"], noted["note"])]
+
+
+def _provenance(frame: pd.DataFrame) -> pd.DataFrame:
+    """The distinct values of every provenance column, in how many cells; columns with a value per cell are counted only."""
+    rows = []
+    cells = frame.drop_duplicates("key")
+    for column in (c for c in frame.columns if c.startswith("prov_") and c not in ("prov_label", "prov_note")):
+        counts = cells[column].dropna().astype(str).value_counts()
+        values = [f"{value} ({count})" if len(counts) > 1 else value for value, count in counts.items()]
+        text = "; ".join(values) if len(values) <= 6 else f"{len(values)} different values, see results.csv"
+        rows.append({"what": column.removeprefix("prov_"), "value (cells)": text})
+    return pd.DataFrame(rows, columns=["what", "value (cells)"])
