@@ -1,0 +1,79 @@
+"""Turn a method's knob until it has a wanted density on calibration text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import LayerContext, Method
+from ..methods.dense import dense_attention
+from .attach import attach
+
+STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Capture(Method):
+    """Runs the model dense and keeps every layer's q, k and context."""
+
+    layers: list[tuple[Tensor, Tensor, LayerContext]]
+    name = "capture"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        self.layers.append((q, k, ctx))
+        return dense_attention(q, k, v, ctx.scale)
+
+
+@torch.no_grad()
+def capture_layers(model: Any, ids: list[int]) -> list[tuple[Tensor, Tensor, LayerContext]]:
+    """q [1, H, L, D], k [1, H_kv, L, D] and context of every layer of the dense model on one sequence."""
+    layers: list[tuple[Tensor, Tensor, LayerContext]] = []
+    with attach(model, _Capture(layers)):
+        model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+    return layers
+
+
+def calibrate(
+    method: Method,
+    target: float,
+    layers: list[tuple[Tensor, Tensor, LayerContext]],
+    ready: Callable[[Method], Method],
+    tolerance: float = 0.01,
+) -> Method:
+    """`method` with its knob turned to the density `target` (mean over heads and layers) on the captured layers.
+
+    `ready` makes a candidate runnable (Method.prepare for the model, or Method.synthetic).
+
+    Bisection within knob_range to a relative `tolerance`, or as near as the knob's steps allow; the caller's row keeps what
+    was measured on the evaluation text.
+    Raises: ValueError when the method has no knob.
+    """
+    knob = method.knob
+    if knob is None:
+        raise ValueError(f"{method.name} has no knob: its density is fixed by its definition")
+    low, high = method.knob_range
+    whole = isinstance(getattr(method, knob), int)
+    log = getattr(method, "knob_log", False)
+    best: tuple[float, Method] | None = None
+    for _ in range(STEPS):
+        middle = math.sqrt(max(low, 1e-9) * max(high, 1e-9)) if log else (low + high) / 2
+        value = round(middle) if whole else middle
+        candidate = ready(dataclasses.replace(method, **{knob: value}))  # type: ignore[type-var]
+        for _, _, ctx in layers:
+            ctx.state.clear()
+        density = sum(float(candidate.select(q, k, ctx).density().mean()) for q, k, ctx in layers) / len(layers)
+        if best is None or abs(density - target) < best[0]:
+            best = (abs(density - target), candidate)
+        if abs(density - target) <= tolerance * target:
+            break
+        if density < target:
+            low = middle
+        else:
+            high = middle
+    assert best is not None
+    return best[1]
