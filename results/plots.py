@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -18,7 +19,10 @@ FRAMING = ("oracle", "random")  # the ceiling and the floor of any selection
 
 
 def perplexity_plots(frame: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write a PNG per model, corpus, context and settings into `folder` and return their paths."""
+    """Write a PNG per model, corpus, context and settings into `folder` and return their paths.
+
+    Bars are 95 % intervals of the paired ratio to dense, scaled to dense's perplexity.
+    """
     table = summary(frame)
     table = table[table["metric"] == "perplexity"]
     paths: list[Path] = []
@@ -57,12 +61,12 @@ def _png(group: pd.DataFrame) -> bytes:
     return stream.getvalue()
 
 
-def _line(axes: Axes, method: str, points: pd.DataFrame, color: tuple) -> None:
-    bars = [
-        (points["value"] - points["low"]).clip(lower=0).fillna(0),
-        (points["high"] - points["value"]).clip(lower=0).fillna(0),
-    ]
-    color, style = ("dimgray", "--") if method in FRAMING else (color, "-")
-    marker = {"oracle": "v", "random": "^"}.get(method, "o")
-    look = {"color": color, "linestyle": style, "marker": marker, "capsize": 2, "elinewidth": 0.8}
+def _line(axes: Axes, method: str, points: pd.DataFrame, color: Any) -> None:
+    # The spread between documents is shared by all methods; what separates them is the paired interval of the ratio to dense.
+    dense = points["value"] / points["vs_dense"]
+    sides = (points["value"] - points["vs_low"] * dense, points["vs_high"] * dense - points["value"])
+    bars = [side.clip(lower=0).fillna(0) for side in sides]
+    look: dict[str, Any] = {"color": color, "marker": "o", "capsize": 2, "elinewidth": 0.8}
+    if method in FRAMING:
+        look |= {"color": "dimgray", "linestyle": "--", "marker": "v" if method == "oracle" else "^"}
     axes.errorbar(points["density"], points["value"], yerr=bars, label=method, **look)

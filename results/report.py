@@ -9,16 +9,25 @@ from pathlib import Path
 
 import pandas as pd
 
+from .plots import perplexity_plots
 from .store import write_atomically
 from .tables import alarms, compact, leaderboard, problems, summary
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
 div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;
-border-bottom:1px solid #ddd;white-space:nowrap}td.wide{white-space:normal}img{max-width:100%}pre{white-space:pre-wrap}"""
+border-bottom:1px solid #ddd;white-space:nowrap}img{max-width:100%}pre{white-space:pre-wrap}"""
 
 
-def write_report(frame: pd.DataFrame, path: str | Path, plots: Iterable[Path] = (), title: str = "sparsebench") -> None:
-    """Write a report that needs no other file. `frame` is Store.frame(), `plots` are PNG files to embed."""
+def write(frame: pd.DataFrame, folder: str | Path) -> None:
+    """Write leaderboard.csv, the plots (PNG) and report.html, which needs no other file. `frame` is Store.frame()."""
+    folder = Path(folder)
+    write_atomically(folder / "leaderboard.csv", leaderboard(frame).to_csv(index=False))
+    page = render(frame, perplexity_plots(frame, folder), title=f"sparsebench: {folder.resolve().name}")
+    write_atomically(folder / "report.html", page)
+
+
+def render(frame: pd.DataFrame, plots: Iterable[Path], title: str) -> str:
+    """The report as one HTML page with `plots` (PNG files) embedded."""
     table = summary(frame)
     body = [f"<h1>{escape(title)}</h1>"]
     if table.empty:
@@ -27,7 +36,7 @@ def write_report(frame: pd.DataFrame, path: str | Path, plots: Iterable[Path] = 
         body += [f"<h2>{escape(f'{suite}, {model}')}</h2>", _html(compact(group))]
     if not table.empty:
         body.append(
-            "<p>Intervals are 95 % bootstrap intervals over documents or examples; n = 1 has none. Density is measured.</p>"
+            "<p>In brackets: 95 % bootstrap intervals over documents or examples (n = 1 has none). Density is measured.</p>"
         )
     for plot in plots:
         picture = base64.b64encode(plot.read_bytes()).decode()
@@ -37,9 +46,8 @@ def write_report(frame: pd.DataFrame, path: str | Path, plots: Iterable[Path] = 
             body += [f"<h2>{heading}</h2><ul>", *(f"<li>{escape(line)}</li>" for line in lines), "</ul>"]
     body += ["<h2>Leaderboard</h2>", _html(leaderboard(frame)), "<h2>Provenance</h2>", _html(_provenance(frame))]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    write_atomically(
-        Path(path), f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
-    )
+    text = "\n".join(body)
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n'
 
 
 def _html(table: pd.DataFrame) -> str:
@@ -57,7 +65,7 @@ def _provenance(frame: pd.DataFrame) -> pd.DataFrame:
     cells = frame.drop_duplicates("key")
     for column in (c for c in frame.columns if c.startswith("prov_") and c not in ("prov_label", "prov_note")):
         counts = cells[column].dropna().astype(str).value_counts()
-        values = [f"{value} ({count})" if len(counts) > 1 else value for value, count in counts.items()]
+        values = [f"{value} ({count})" if len(counts) > 1 else str(value) for value, count in counts.items()]
         text = "; ".join(values) if len(values) <= 6 else f"{len(values)} different values, see results.csv"
         rows.append({"what": column.removeprefix("prov_"), "value (cells)": text})
     return pd.DataFrame(rows, columns=["what", "value (cells)"])

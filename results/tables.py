@@ -202,13 +202,16 @@ def print_table(frame: pd.DataFrame) -> str:
     table = summary(frame)
     parts = []
     for (suite, model), group in table.groupby(["suite", "model"], sort=True):
-        parts.append(f"{suite}, {model}\n" + tabulate(compact(group), headers="keys", showindex=False, disable_numparse=True))
+        parts.append(
+            f"{suite}, {model}\n"
+            + tabulate(compact(group).to_dict("list"), headers="keys", showindex=False, disable_numparse=True)
+        )
     return "\n\n".join(parts + ["\n".join(lines) for lines in (alarms(table), problems(frame)) if lines]) or "no results yet"
 
 
 def compact(group: pd.DataFrame) -> pd.DataFrame:
-    """Summary rows of one suite and model as text: a row per cell and task, a column per metric, "value [95 % interval]", and the
-    first metric's ratio to dense."""
+    """Summary rows of one suite and model as text: a row per cell and task, a column per metric, "value [95 % interval]", and
+    the ratio to dense of the first metric."""
     extra = [name for name in ("density_target", *_varying(group)) if group[name].notna().any()]
     rows = []
     for _, cell in group.groupby(["key", "task"], sort=False):
@@ -254,7 +257,9 @@ def problems(frame: pd.DataFrame) -> list[str]:
     """A line per suite, context and reason: "perplexity 32k skipped: the model's limit is 8192 tokens (seer, minference)"."""
     rows = labelled(frame[frame["status"] != "ok"])
     rows = rows.assign(reason=rows["reason"].str.strip().str.split("\n").str[0].fillna(""))
-    return [
-        f"{suite} {ctx_name(ctx_len)} {status}: {reason} ({', '.join(sorted(set(group['label'])))})"
-        for (status, suite, ctx_len, reason), group in rows.groupby(["status", "suite", "ctx_len", "reason"])
-    ]
+    lines = []
+    for _, group in rows.groupby(["status", "suite", "ctx_len", "reason"]):
+        first = group.iloc[0]
+        methods = ", ".join(sorted(set(group["label"])))
+        lines.append(f"{first['suite']} {ctx_name(first['ctx_len'])} {first['status']}: {first['reason']} ({methods})")
+    return lines

@@ -89,20 +89,19 @@ class NotApplicable(Exception):
 
 
 class Suite:
-    """Base of all suites. A subclass sets `name` and yields the scores of one cell."""
+    """Base of all suites. A subclass sets `name` and yields the scores of one cell; one instance serves one cell."""
 
     name: ClassVar[str]
     attached: ClassVar[bool] = True  # the runner attaches the method around run(); quality suites never see a method
     needs_model: ClassVar[bool] = True  # run() gets a loaded model, else None
     needs_gpu: ClassVar[bool] = False
 
+    def __init__(self) -> None:
+        self.notes: dict[str, Any] = {}  # what a reader of the rows must know besides the scores: stored as provenance
+
     def run(self, model: Any, cell: Cell) -> Iterator[Score]:
         """The scores of `cell`. Raises: NotApplicable with the reason when the cell cannot be measured."""
         raise NotImplementedError
-
-    def facts(self, model: Any, cell: Cell) -> dict[str, Any]:
-        """What a reader of the rows must know besides the scores (documents used and skipped): stored as provenance."""
-        return {}
 
 
 def register_suite(cls: type[Suite]) -> type[Suite]:
