@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -155,43 +156,66 @@ def register(cls: type[Method]) -> type[Method]:
     return cls
 
 
-def row_budgets(density: float, q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
-    """Blocks to keep per query block, int64 [NQ], at least 1: a row keeps the one nearest the diagonal and as many whole
-    blocks as bring the pairs selected so far nearest to `density` of the pairs visible so far, so the total is exact to
-    one block wherever the minimum of one block allows it."""
-    visible = causal_blocks(q_len, kv_len, q_block, kv_block).sum(-1).tolist()
-    budgets, owed = [], 0.0
-    for r, blocks in enumerate(visible):
-        q0 = kv_len - q_len + r * q_block
-        q1 = min(q0 + q_block, kv_len)
-        rows = q1 - q0
-        pairs = rows * (q0 + 1 + q1) // 2
-        edge_start = (blocks - 1) * kv_block
-        edge = sum(max(0, i + 1 - edge_start) for i in range(q0, q1))
-        owed += density * pairs
-        keep = min(blocks, 1 + max(0, round((owed - edge) / (rows * kv_block))))
-        owed -= pairs if keep == blocks else edge + (keep - 1) * rows * kv_block
-        budgets.append(keep)
-    return torch.tensor(budgets, device=device)
+def block_pairs(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
+    """Causally visible (query, key) pairs in every block, int64 [NQ, NK]."""
+    q0 = torch.arange(kv_len - q_len, kv_len, q_block, device=device)[:, None]
+    q1 = (q0 + q_block).clamp(max=kv_len)
+
+    def pairs_up_to(key: Tensor) -> Tensor:
+        """Pairs of the rows [q0, q1) with the keys j < key: row i sees min(i + 1, key) of them."""
+        full = (q1 - key.maximum(q0)).clamp(min=0)  # rows that see all of these keys
+        partial = q1 - q0 - full
+        return full * key + partial * (2 * q0 + partial + 1) // 2
+
+    start = torch.arange(0, kv_len, kv_block, device=device)[None, :]
+    return pairs_up_to((start + kv_block).clamp(max=kv_len)) - pairs_up_to(start)
 
 
 def keep_top(scores: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, density: float) -> BlockMask:
-    """BlockMask of the best-scored causal blocks of every row, row_budgets() of them; ties go to the earlier block."""
-    visible = causal_blocks(q_len, kv_len, q_block, kv_block, scores.device)
-    budget = row_budgets(density, q_len, kv_len, q_block, kv_block)
-    width = int(budget.max())
-    if scores.shape[-2:] != visible.shape:
-        raise ValueError(f"score() must return [B, H, {visible.shape[0]}, {visible.shape[1]}], got {tuple(scores.shape)}")
-    if scores.is_floating_point():
-        scores = scores.nan_to_num(nan=float("-inf"))
-    order = scores.masked_fill(~visible, float("-inf")).sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    budget = budget.to(scores.device)
-    kept = torch.arange(width, device=scores.device) < budget[:, None]
-    index = order.masked_fill(~kept, visible.shape[1]).sort(dim=-1).values.to(torch.int32)
-    num = budget.to(torch.int32).expand(scores.shape[:-1])
-    # A row whose only block starts after its first query would leave that query blind: possible when q_block > kv_block.
-    trusted = q_block <= kv_block and (kv_len - q_len) % kv_block == 0
-    return BlockMask(num.contiguous(), index, q_len, kv_len, q_block, kv_block, trusted=trusted)
+    """BlockMask of the best-scored causal blocks of every row, exact about density and without a sync.
+
+    Every row keeps at least one block and about `density` of its visible pairs; a head's total is within half a block of
+    `density` of its visible pairs, unless one block a row is more already. A row with a cheap block on the diagonal thus
+    gets more blocks than one without. Masks nest: a higher density only adds blocks. Ties go to the earlier block.
+
+    Args:
+        scores: [B, H, NQ, NK], NaN counts as -inf; lengths and blocks in tokens; density in (0, 1].
+    Raises: ValueError for another shape.
+    """
+    pairs = block_pairs(q_len, kv_len, q_block, kv_block, scores.device)
+    if scores.shape[-2:] != pairs.shape:
+        raise ValueError(f"score() must return [B, H, {pairs.shape[0]}, {pairs.shape[1]}], got {tuple(scores.shape)}")
+    scores = scores.float().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    scores = scores.masked_fill(pairs == 0, float("-inf"))
+    offset = kv_len - q_len
+    if offset % kv_block or kv_block % q_block:
+        scores = _seen_first(scores, offset, q_block, kv_block)
+    # No row needs more: it takes its share of pairs, the half block of every row by which rounding may raise the share,
+    # and the blocks at the diagonal that are smaller than they look.
+    width = math.ceil(density * pairs.shape[1]) + 3 + -(-q_block // kv_block)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    gain = pairs.expand(scores.shape).gather(-1, order)
+    # A row's n-th block falls due at the share of pairs that it brings the row nearest to; blocks are taken as they fall due.
+    due = (gain.cumsum(-1) - gain / 2) / pairs.sum(-1, keepdim=True)
+    due = due.float().masked_fill(gain == 0, float("inf"))
+    due[..., 0] = -1.0
+    sequence = due.flatten(-2).sort(dim=-1, stable=True)
+    taken = gain.flatten(-2).gather(-1, sequence.indices)
+    target = density * (q_len * offset + q_len * (q_len + 1) // 2)
+    within = 2 * taken.cumsum(-1) - taken <= int(2 * target)  # in integers: fp32 cannot count the pairs of 8k tokens
+    taken = within & sequence.values.isfinite() | (sequence.values < 0)
+    kept = torch.zeros_like(taken).scatter_(-1, sequence.indices, taken).view(gain.shape)
+    index = order.masked_fill(~kept, pairs.shape[1]).sort(dim=-1).values.to(torch.int32)
+    return BlockMask(kept.sum(-1, dtype=torch.int32), index, q_len, kv_len, q_block, kv_block, trusted=True)
+
+
+def _seen_first(scores: Tensor, offset: int, q_block: int, kv_block: int) -> Tensor:
+    """Scores with +inf for every row's best block among those that its first query sees, so that no query is left blind."""
+    rows, columns = scores.shape[-2:]
+    first_query = offset + q_block * torch.arange(rows, device=scores.device)
+    first_key = kv_block * torch.arange(columns, device=scores.device)
+    best = scores.masked_fill(first_key > first_query[:, None], float("-inf")).argmax(-1, keepdim=True)
+    return scores.scatter(-1, best, float("inf"))
 
 
 def check_fields(method: Method, **bounds: tuple[float, float]) -> None:
