@@ -15,7 +15,7 @@ from .tables import alarms, compact, leaderboard, problems, summary
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
 div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;
-border-bottom:1px solid #ddd;white-space:nowrap}img{max-width:100%}pre{white-space:pre-wrap}"""
+border-bottom:1px solid #ddd;white-space:nowrap}img{max-width:100%}"""
 
 
 def write(frame: pd.DataFrame, folder: str | Path) -> None:

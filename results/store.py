@@ -55,7 +55,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(f"{self.folder} is not a folder") from None
-        self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR)
+        self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -212,7 +212,8 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     extra = [c for c in frame.columns if c.startswith("prov_")]
     frame = frame.reindex(columns=[*COLUMNS, *extra])
     text = [c for c, kind in COLUMNS.items() if kind == "str"]
-    return frame.fillna(dict.fromkeys(text, "")).astype(COLUMNS)
+    frame[text] = frame[text].astype(object).fillna("")
+    return frame.astype(COLUMNS)
 
 
 def _read(path: Path) -> pd.DataFrame | None:

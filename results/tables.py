@@ -18,12 +18,13 @@ from tabulate import tabulate
 RESAMPLES = 2000
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
 BASELINES = (*DENSE_KERNELS, "flex")
-ROW = ["model", "revision", "method", "label", "note", "params", "density_target"]  # a row of the leaderboard
+ROW = ["model", "revision", "method", "params", "density_target"]  # what makes a row of the leaderboard
+TEXT = ["label", "note"]  # what is said about it
 SETTINGS = ["limit", "seed", "dtype", "device", "inputs"]  # named in a column only where a suite was run with several
 PLACE = ["suite", "task", "ctx_len"]
 STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high"]
 DENSITY = ["density", "density_min", "density_max"]
-SUMMARY = ["key", *ROW, *SETTINGS, *PLACE, "metric", "unit", "value", *STATS, *DENSITY]
+SUMMARY = ["key", *ROW, *TEXT, *SETTINGS, *PLACE, "metric", "unit", "value", *STATS, *DENSITY]
 
 
 @dataclass
@@ -112,7 +113,7 @@ def _place(row: dict[str, Any]) -> tuple:
 
 def _cell_rows(cell: pd.DataFrame) -> Iterator[dict[str, Any]]:
     first = cell.iloc[0]
-    common = {name: first[name] for name in ["key", *ROW, *SETTINGS, *PLACE, *DENSITY]}
+    common = {name: first[name] for name in ["key", *ROW, *TEXT, *SETTINGS, *PLACE, *DENSITY]}
     measured = cell.loc[cell["metric"] == "density", "value"]  # per layer and head, where the suite measures it itself
     if len(measured) and pd.isna(first["density"]):
         common |= dict(zip(DENSITY, (measured.mean(), measured.min(), measured.max())))
@@ -182,7 +183,10 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
         stats = STATS if suite != "speed" else []
         for record in table.to_dict("records"):
             identity = tuple(None if pd.isna(record[name]) else record[name] for name in ROW)
-            row = rows.setdefault(identity, dict(zip(ROW, identity)))
+            row = rows.setdefault(identity, dict(zip(ROW, identity)) | dict.fromkeys(TEXT, ""))
+            row |= {
+                name: row[name] if record[name] in row[name] else f"{row[name]}; {record[name]}".strip("; ") for name in TEXT
+            }
             metric = str(record["metric"]).removeprefix(str(suite)).strip("_")
             settings = [f"{name}={record[name]}" for name in varying]
             place = [str(suite), record["task"], ctx_name(record["ctx_len"]), *settings]
@@ -191,8 +195,9 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
             row |= {f"{column} {stat}": record[stat] for stat in stats}
             row |= {" ".join([*place, name]): record[name] for name in DENSITY}
     board = pd.DataFrame(list(rows.values()))
-    empty = [name for name in board.columns if name not in ROW and board[name].isna().all()]
-    board = board.drop(columns=empty).reindex(columns=[*ROW, *board.columns.difference([*ROW, *empty], sort=False)])
+    lead = [*ROW[:3], *TEXT, *ROW[3:]]
+    filled = [name for name in board.columns if name not in lead and board[name].notna().any()]
+    board = board.reindex(columns=[*lead, *filled])
     order = board.assign(sparse=board["method"] != "dense")
     return board.loc[order.sort_values(["model", "sparse", "label", "density_target"]).index].reset_index(drop=True)
 

@@ -1,0 +1,93 @@
+"""Plots and the report: they exist, say what the rows say and need no other file."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import sparsebench.results
+from sparsebench.results import Store, plots, report
+from sparsebench.suites.base import Cell, Score
+
+CELL = Cell(
+    model="org/tiny", revision="r", method="dense", params={}, suite="perplexity", task="file:a/b.txt", ctx_len=2048,
+    density=None, limit=None, seed=0, dtype="float32",
+)  # fmt: skip
+
+
+def scores(loss: float) -> list[Score]:
+    pairs = (("nll", loss), ("tokens", 10.0))
+    return [
+        Score(CELL.task, name, metric, value * (1 + number), "") for number, name in enumerate("ab") for metric, value in pairs
+    ]
+
+
+@pytest.fixture
+def frame(tmp_path):
+    with Store(tmp_path / "run") as store:
+        store.write(CELL, scores(20), {"label": "dense", "torch": "2.99"}, density=1.0)
+        for method, loss in (("oracle", 20.5), ("random", 60.0), ("seer", 21.0)):
+            for target in (0.1, 0.2):
+                cell = dataclasses.replace(CELL, method=method, density=target)
+                store.write(cell, scores(loss), {"note": "gate <b>untrained</b>" if method == "seer" else ""}, density=target)
+        for ctx_len, status in ((8192, "skipped"), (4096, "failed")):
+            store.write(dataclasses.replace(CELL, ctx_len=ctx_len), [], {}, status=status, reason=f"because of <{status}>")
+        return store.frame()
+
+
+def test_one_plot_per_model_corpus_context_and_settings(frame, tmp_path):
+    longer = frame.assign(ctx_len=4096, key=frame["key"] + "x")
+    half = frame.assign(dtype="float16", key=frame["key"] + "y")
+    paths = plots.perplexity_plots(pd.concat([frame, longer, half]), tmp_path)
+    assert [path.name for path in paths] == [
+        "perplexity-tiny-file-a-b.txt-2k.png", "perplexity-tiny-file-a-b.txt-2k-2.png", "perplexity-tiny-file-a-b.txt-4k.png",
+    ]  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_plot_styles_and_values(frame, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    plots._png(plots.summary(frame).query("metric == 'perplexity'"))
+    axes = figures[0].axes[0]
+    lines = {container.get_label(): container.lines[0] for container in axes.containers}
+    styles = {name: line.get_linestyle() for name, line in lines.items()}
+    assert styles == {"oracle": "--", "random": "--", "seer": "-"}
+    assert list(lines["seer"].get_xdata()) == [0.1, 0.2]
+    (dense,) = [line for line in axes.lines if line.get_label() == "dense"]
+    assert list(dense.get_ydata()) == pytest.approx([7.389056] * 2)
+    assert axes.get_yscale() == "log"  # random is 50 times worse
+
+
+def test_report_is_self_contained_and_complete(frame, tmp_path):
+    report.write(frame, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', html) and "http" not in html and "@import" not in html
+    assert html.count("data:image/png;base64,") == 1
+    assert "because of &lt;skipped&gt;" in html and "because of &lt;failed&gt;" in html
+    assert "gate &lt;b&gt;untrained&lt;/b&gt;" in html and "<b>" not in html
+    assert "2.99" in html and "oracle" in html
+    assert len(pd.read_csv(tmp_path / "leaderboard.csv")) == 7
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_empty_report(tmp_path):
+    with Store(tmp_path / "run") as store:
+        report.write(store.frame(), tmp_path)
+    assert "No results yet" in (tmp_path / "report.html").read_text() and not list(tmp_path.glob("*.png"))
+
+
+def test_this_room_never_imports_torch():
+    imported = set()
+    for path in Path(sparsebench.results.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    assert "pandas" in imported and "torch" not in imported

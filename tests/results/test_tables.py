@@ -1,0 +1,203 @@
+"""Aggregates against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sparsebench.results.store import Store
+from sparsebench.results.tables import ctx_name, leaderboard, print_table, summary
+from sparsebench.suites.base import Cell, Score
+
+DENSE = Cell(
+    model="tiny", revision="r", method="dense", params={}, suite="perplexity", task="pydoc", ctx_len=2048, density=None,
+    limit=None, seed=0, dtype="float32",
+)  # fmt: skip
+SEER = dataclasses.replace(DENSE, method="seer", params={"threshold": 0.5})
+
+
+def nll(documents: dict[str, tuple[float, int]], suffix: str = "") -> list[Score]:
+    """Scores of documents {name: (nll, tokens)}."""
+    pairs = [(f"nll{suffix}", 0, "nats"), (f"tokens{suffix}", 1, "tokens")]
+    return [Score("pydoc", name, metric, value[i], unit) for name, value in documents.items() for metric, i, unit in pairs]
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path) as opened:
+        yield opened
+
+
+def pick(frame: pd.DataFrame, metric: str, method: str = "dense") -> pd.Series:
+    table = summary(frame)
+    rows = table[(table["metric"] == metric) & (table["method"] == method)]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_perplexity_is_exp_of_total_nll_by_total_tokens(store):
+    documents = {"a": (20.0, 10), "b": (30.0, 30), "c": (10.0, 10)}
+    store.write(DENSE, nll(documents) + nll({"a": (8.0, 4), "b": (4.0, 4), "c": (6.0, 4)}, "_last256"), {}, density=1.0)
+    row = pick(store.frame(), "perplexity")
+    assert row["value"] == pytest.approx(math.exp(60 / 50), rel=1e-12)  # neither exp(mean of means) nor mean of exp
+    # residuals nll - 1.2 tokens: 8, -6, -2; squares sum to 104; exp'(r) = perplexity
+    assert row["se"] == pytest.approx(math.exp(1.2) * math.sqrt(3 / 2 * 104) / 50, rel=1e-12)
+    assert row["n"] == 3 and row["low"] < row["value"] < row["high"]
+    assert pick(store.frame(), "perplexity_last256")["value"] == pytest.approx(math.exp(18 / 12), rel=1e-12)
+    assert set(summary(store.frame())["metric"]) == {"perplexity", "perplexity_last256"}
+
+
+def test_one_document_has_no_interval(store):
+    store.write(DENSE, nll({"a": (20.0, 10)}), {}, density=1.0)
+    row = pick(store.frame(), "perplexity")
+    assert row["n"] == 1 and row["value"] == pytest.approx(math.exp(2))
+    assert row[["se", "low", "high"]].isna().all()
+    assert "[" not in print_table(store.frame())
+
+
+def test_interval_is_seeded_and_covers(store):
+    values = np.random.default_rng(3).normal(50, 10, 200)
+    cell = dataclasses.replace(DENSE, suite="ruler", task="niah")
+    store.write(cell, [Score("niah", str(i), "match", v, "%") for i, v in enumerate(values)], {}, density=1.0)
+    row, again = pick(store.frame(), "match"), pick(store.frame(), "match")
+    assert row["value"] == pytest.approx(values.mean())
+    se = values.std(ddof=1) / math.sqrt(200)
+    assert row["se"] == pytest.approx(se, rel=1e-9)
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * se, rel=0.1)
+    assert (row["low"], row["high"]) == (again["low"], again["high"])
+
+
+def test_ratio_to_dense_is_paired(store):
+    dense = {"a": (20.0, 10), "b": (30.0, 30), "c": (10.0, 10)}
+    store.write(DENSE, nll(dense), {}, density=1.0)
+    # Every document loses the same per token, in another order: the ratio is certain although documents differ widely.
+    store.write(SEER, nll({name: (dense[name][0] + 0.1 * dense[name][1], dense[name][1]) for name in "cab"}), {}, density=0.2)
+    row = pick(store.frame(), "perplexity", "seer")
+    assert row[["vs_dense", "vs_low", "vs_high"]].tolist() == pytest.approx([math.exp(0.1)] * 3, rel=1e-9)
+    assert row["high"] - row["low"] > 0.5
+    assert pick(store.frame(), "perplexity")["vs_dense"] == 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"limit": 5}, {"dtype": "float16"}, {"ctx_len": 4096}, {"revision": "s"}])
+def test_no_ratio_to_a_different_measurement(store, change):
+    store.write(dataclasses.replace(DENSE, **change), nll({"a": (20.0, 10), "b": (9.0, 9)}), {}, density=1.0)
+    store.write(SEER, nll({"a": (21.0, 10), "b": (9.0, 9)}), {}, density=0.2)
+    assert pd.isna(pick(store.frame(), "perplexity", "seer")["vs_dense"])
+
+
+def test_no_ratio_to_other_documents(store):
+    store.write(DENSE, nll({"a": (20.0, 10), "x": (9.0, 9)}), {}, density=1.0)
+    store.write(SEER, nll({"a": (21.0, 10), "b": (9.0, 9)}), {}, density=0.2)
+    assert pd.isna(pick(store.frame(), "perplexity", "seer")["vs_dense"])
+
+
+def test_fidelity_averages_layers_and_heads_but_counts_documents(store):
+    cell = dataclasses.replace(SEER, suite="fidelity")
+    values = {"a/x": (0.9, 0.7, 0.8, 0.6), "b": (0.5, 0.5, 0.7, 0.7)}
+    scores = [
+        Score("pydoc", f"{document}/{i // 2}/{i % 2}", metric, value, "ratio")
+        for document, heads in values.items()
+        for i, recall in enumerate(heads)
+        for metric, value in (("recall", recall), ("density", 0.1 * (i + 1)))
+    ]
+    store.write(cell, scores, {})
+    row = pick(store.frame(), "recall", "seer")
+    assert row["value"] == pytest.approx(0.675) and row["n"] == 2
+    assert row["se"] == pytest.approx(0.075)  # of the document means 0.75 and 0.6
+    assert row[["density", "density_min", "density_max"]].tolist() == pytest.approx([0.25, 0.1, 0.4])
+    assert list(summary(store.frame())["metric"]) == ["recall"] and pd.isna(row["vs_dense"])
+
+
+def test_speed_ratios(store):
+    cell = dataclasses.replace(SEER, suite="speed", task="attention", device="H100")
+    times = {
+        "total_ms": 2.5,
+        "total_p20_ms": 2.4,
+        "select_ms": 0.5,
+        "fa2_ms": 10.0,
+        "cudnn_ms": 5.0,
+        "flex_ms": 4.0,
+        "density": 0.2,
+    }
+    store.write(cell, [Score("attention", "shape", name, value, "ms") for name, value in times.items()], {})
+    values = summary(store.frame()).set_index("metric")["value"]
+    expected = {"speedup_fa2": 4.0, "speedup_cudnn": 2.0, "speedup_flex": 1.6, "of_best_dense": 0.4, "total_ms": 2.5}
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert "total_p20_ms" in values and "p20" not in print_table(store.frame())
+
+
+def test_leaderboard_has_a_row_per_method_and_params(store):
+    documents = {"a": (20.0, 10), "b": (9.0, 9)}
+    for ctx_len in (2048, 8192):
+        for cell, label in ((DENSE, "dense"), (SEER, "seer"), (dataclasses.replace(SEER, density=0.1), "seer")):
+            density = 0.2 if cell.method == "seer" else 1.0
+            store.write(dataclasses.replace(cell, ctx_len=ctx_len), nll(documents), {"label": label}, density=density)
+    other = dataclasses.replace(SEER, params={"threshold": 0.9})
+    store.write(other, nll(documents), {"note": "untrained gate"}, density=0.3, density_range=(0.1, 0.5))
+    store.write(dataclasses.replace(other, suite="fidelity"), [Score("pydoc", "a/0/0", "recall", 0.5, "ratio")], {})
+    board = leaderboard(store.frame())
+    assert list(board["label"]) == ["dense", "seer", "seer", "seer(threshold=0.9)"]
+    assert board["density_target"].tolist()[1] == 0.1
+    expected = math.exp(29 / 19)
+    assert board["perplexity pydoc 2k"].tolist() == pytest.approx([expected] * 4)
+    assert board["perplexity pydoc 8k"].tolist()[:3] == pytest.approx([expected] * 3) and pd.isna(
+        board["perplexity pydoc 8k"][3]
+    )
+    assert board["perplexity pydoc 2k density"].tolist() == [1.0, 0.2, 0.2, 0.3] and board["perplexity pydoc 2k n"][0] == 2
+    assert board["perplexity pydoc 2k vs_dense"].tolist() == pytest.approx([1.0] * 4)
+    assert board["perplexity pydoc 2k density_max"].tolist()[3] == 0.5
+    assert board["fidelity pydoc recall 2k"][3] == 0.5 and board["note"].tolist() == ["", "", "", "untrained gate"]
+
+
+def test_different_settings_never_mix(store):
+    store.write(dataclasses.replace(DENSE, limit=1), nll({"a": (20.0, 10)}), {}, density=1.0)
+    store.write(dataclasses.replace(DENSE, limit=2), nll({"a": (20.0, 10), "b": (9.0, 9)}), {}, density=1.0)
+    board = leaderboard(store.frame())
+    assert len(board) == 1
+    assert board["perplexity pydoc 2k limit=1"][0] == pytest.approx(math.exp(2))
+    assert board["perplexity pydoc 2k limit=2"][0] == pytest.approx(math.exp(29 / 19))
+
+
+def test_failed_and_skipped_cells_count_nowhere_and_are_named(store):
+    store.write(DENSE, nll({"a": (20.0, 10)}), {}, density=1.0)
+    long = dataclasses.replace(DENSE, ctx_len=32768)
+    for cell, label in ((long, "dense"), (dataclasses.replace(long, method="seer"), "seer")):
+        store.write(cell, [], {"label": label}, status="skipped", reason="the model's limit is 8192 tokens")
+    store.write(SEER, [*nll({"a": (20.0, 10)}), Score("pydoc", "b", "nll", math.nan, "nats")], {"label": "seer"}, density=0.1)
+    text = print_table(store.frame())
+    assert "perplexity 32k skipped: the model's limit is 8192 tokens (dense, seer)" in text
+    assert "perplexity 2k failed: nll of example 'b' of pydoc is nan (seer)" in text
+    assert len(summary(store.frame())) == 1 and list(leaderboard(store.frame())["method"]) == ["dense"]
+
+
+def test_beating_dense_is_an_alarm(store):
+    dense = {"a": (20.0, 10), "b": (9.0, 9), "c": (10.0, 8)}
+    store.write(DENSE, nll(dense), {}, density=1.0)
+    assert "check:" not in print_table(store.frame())
+    store.write(
+        SEER, nll({name: (loss - 0.1 * tokens, tokens) for name, (loss, tokens) in dense.items()}), {"label": "seer"}, 0.1
+    )
+    assert "check: seer beats dense in perplexity, pydoc 2k (0.9048 of dense)" in print_table(store.frame())
+
+
+def test_terminal_table_gives_interval_density_and_target(store):
+    store.write(
+        dataclasses.replace(SEER, density=0.25), nll({"a": (20.0, 10), "b": (9.0, 9)}), {"label": "seer(x)"}, density=0.2431
+    )
+    header, _, line = print_table(store.frame()).splitlines()[1:4]
+    assert header.split() == ["method", "task", "ctx", "target", "density", "perplexity", "n"]
+    assert line.split()[:5] == ["seer(x)", "pydoc", "2k", "0.25", "0.2431"] and "4.601 [2.718, 7.389]" in line
+
+
+def test_empty_frame(store):
+    assert print_table(store.frame()) == "no results yet"
+    assert summary(store.frame()).empty and leaderboard(store.frame()).empty
+
+
+@pytest.mark.parametrize("tokens, name", [(2048, "2k"), (131072, "128k"), (1500, "1500")])
+def test_ctx_name(tokens, name):
+    assert ctx_name(tokens) == name
