@@ -43,7 +43,7 @@ def block_sparse_attention(
         q: [B, H, q_len, D] bf16/fp16/fp32.
         k, v: [B, H_kv, kv_len, D], same dtype, H % H_kv == 0.
         mask: batch B or 1; heads H, H_kv or 1.
-        scale: logits factor, 1 / sqrt(D) by default.
+        scale: logits factor > 0, 1 / sqrt(D) by default.
         return_lse: also return the natural-log sum of exponentials.
         impl: "auto" | "triton" | "reference"; a named one never falls back.
 
@@ -53,6 +53,8 @@ def block_sparse_attention(
     _check_shapes(q, k, v, mask)
     mask = mask.check()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     if resolve_impl(impl, q) == "triton":
         out, lse = _triton_forward(q, k, v, mask, scale, return_lse)
     else:
@@ -120,14 +122,12 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
 
 @triton.jit
 def _attend_tile(
-    b_q, b_acc, b_m, b_l, p_k, p_v, o_key, m_key, o_row, stride_kn, stride_vn, scale_log2, kv_len,
+    b_q, b_acc, b_m, b_l, p_k, p_v, o_key, m_key, o_row, scale_log2, kv_len,
     WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: keys o_key [BN], of which m_key count; only MASKED tiles look at causality."""
+    """One step of the online softmax over the keys o_key [BN]. Only MASKED tiles look at causality and at m_key [BN]."""
     o_d = tl.arange(0, BD)
-    p_k = p_k + o_d[:, None] + o_key[None, :] * stride_kn
-    p_v = p_v + o_key[:, None] * stride_vn + o_d[None, :]
     # [BD, BN] and [BN, BD]
     if MASKED:
         b_k = tl.load(p_k, mask=m_key[None, :] & (o_d < D)[:, None], other=0.0)
@@ -139,7 +139,7 @@ def _attend_tile(
         b_k = tl.load(p_k)
         b_v = tl.load(p_v)
     # [BM, BN]
-    b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * scale_log2
+    b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
     if MASKED:
         seen = m_key[None, :] & (o_key[None, :] <= o_row[:, None])
         if WINDOW >= 0:
@@ -147,12 +147,13 @@ def _attend_tile(
             seen = seen & near
         b_s = tl.where(seen, b_s, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+        b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new) * scale_log2
     else:
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        b_base = b_m_new
-    b_p = tl.exp2(b_s - b_base[:, None])
-    b_alpha = tl.exp2(b_m - b_base)
+        b_base = b_m_new * scale_log2
+    # The running maximum stays unscaled so that the scale folds into one multiply-add per logit.
+    b_p = tl.exp2(b_s * scale_log2 - b_base[:, None])
+    b_alpha = tl.exp2(b_m * scale_log2 - b_base)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
     return b_acc, b_m_new, b_l
@@ -161,25 +162,29 @@ def _attend_tile(
 @triton.jit
 def block_sparse_attention_fwd_kernel(
     q, k, v, o, lse, kv_num, kv_index, column_num, column_index,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_om,
-    stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, KV_STEP: tl.constexpr, EDGE_TILES: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STORE_LSE: tl.constexpr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh, stride_om,
+    stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, edge_tiles, together, scale_log2,
+    STRIDE_KN: tl.constexpr, STRIDE_VN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, KV_STEP: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STORE_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM query rows of one head. The tiles that may cross the diagonal come before the pipelined loop.
 
     A masked tile after the loop would make ptxas serialise every wgmma of the loop (C7515), so the list is walked from
-    its end: first the EDGE_TILES last tiles with masks, then the rest, which every row of the program sees whole.
+    its end: first the edge_tiles last tiles with masks, then the rest, which every row of the program sees whole.
+    The count of edge tiles is no constant: LLVM unrolls such a loop, and C7515 comes back.
+    `together` neighbouring heads take turns, so that programs which run at the same time share their part of K and V.
     """
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # long rows first
-    i_b = (tl.program_id(1) // heads).to(tl.int64)
-    i_h = (tl.program_id(1) % heads).to(tl.int64)
-    i_row = i_tile * BM // Q_BLOCK
-    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * rows + i_row
+    i_tile = tl.num_programs(0) // together - 1 - tl.program_id(0) // together  # long rows first
+    i_bh = tl.program_id(1) * together + tl.program_id(0) % together
+    i_b = (i_bh // heads).to(tl.int64)
+    i_h = (i_bh % heads).to(tl.int64)
+    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * rows + i_tile * BM // Q_BLOCK
     kv_index += i_mask * width
+    SPLIT: tl.constexpr = KV_BLOCK // BN
+    tiles = tl.load(kv_num + i_mask) * SPLIT
+    i_next = tl.load(kv_index, mask=tiles > 0, other=0)
     q += i_b * stride_qb + i_h * stride_qh
     k += i_b * stride_kb + (i_h // group) * stride_kh
     v += i_b * stride_vb + (i_h // group) * stride_vh
@@ -195,59 +200,61 @@ def block_sparse_attention_fwd_kernel(
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
+    # [BD, BN] and [BN, BD] from key 0: with constant strides a tile costs one 64-bit scalar, not one address per element
+    p_k = k + o_d[:, None] + o_n[None, :] * STRIDE_KN
+    p_v = v + o_n[:, None] * STRIDE_VN + o_d[None, :]
 
-    SPLIT: tl.constexpr = KV_BLOCK // BN
-    tiles = tl.load(kv_num + i_mask) * SPLIT
-    for i in range(EDGE_TILES):
-        t = tiles - 1 - i
-        end = tl.where(t >= 0, kv_len, 0)
-        t = tl.maximum(t, 0)
-        first = tl.load(kv_index + t // SPLIT).to(tl.int64) * KV_STEP + t % SPLIT * BN
-        o_key = first + o_n
-        b_acc, b_m, b_l = _attend_tile(
-            b_q, b_acc, b_m, b_l, k, v, o_key, o_key < end, o_row, stride_kn, stride_vn, scale_log2, kv_len,
-            WINDOW, SINK, LAST, D, BD, True, PRECISION,
-        )  # fmt: skip
     if HAS_COLUMNS:
         listed = tl.load(column_num + i_mask)
         for c in range(0, listed, BN):
             m_key = c + o_n < listed
-            o_key = tl.load(column_index + i_mask * columns + c + o_n, mask=m_key, other=0).to(tl.int64)
+            o_key = tl.load(column_index + i_mask * columns + c + o_n, mask=m_key, other=0)
+            o_far = o_key.to(tl.int64)
             b_acc, b_m, b_l = _attend_tile(
-                b_q, b_acc, b_m, b_l, k, v, o_key, m_key, o_row, stride_kn, stride_vn, scale_log2, kv_len,
+                b_q, b_acc, b_m, b_l, k + o_d[:, None] + o_far[None, :] * STRIDE_KN,
+                v + o_far[:, None] * STRIDE_VN + o_d[None, :], o_key, m_key, o_row, scale_log2, kv_len,
                 WINDOW, SINK, LAST, D, BD, True, PRECISION,
             )  # fmt: skip
-    for t in range(0, tiles - EDGE_TILES):
-        first = tl.load(kv_index + t // SPLIT).to(tl.int64) * KV_STEP + t % SPLIT * BN
+    for i in range(0, tl.minimum(tiles, edge_tiles)):
+        t = tiles - 1 - i
+        first = tl.load(kv_index + t // SPLIT) * KV_STEP + t % SPLIT * BN
         o_key = first + o_n
         b_acc, b_m, b_l = _attend_tile(
-            b_q, b_acc, b_m, b_l, k, v, o_key, o_key < kv_len, o_row, stride_kn, stride_vn, scale_log2, kv_len,
-            WINDOW, SINK, LAST, D, BD, WINDOW >= 0, PRECISION,
+            b_q, b_acc, b_m, b_l, p_k + first.to(tl.int64) * STRIDE_KN, p_v + first.to(tl.int64) * STRIDE_VN,
+            o_key, o_key < kv_len, o_row, scale_log2, kv_len, WINDOW, SINK, LAST, D, BD, True, PRECISION,
+        )  # fmt: skip
+    for t in range(0, tiles - edge_tiles):
+        first = i_next * KV_STEP + t % SPLIT * BN
+        # Read one step early: a load that depends on a load of its own step cannot be pipelined more than one step deep.
+        i_next = tl.load(kv_index + (t + 1) // SPLIT)
+        o_key = first + o_n
+        b_acc, b_m, b_l = _attend_tile(
+            b_q, b_acc, b_m, b_l, p_k + first.to(tl.int64) * STRIDE_KN, p_v + first.to(tl.int64) * STRIDE_VN,
+            o_key, o_key < kv_len, o_row, scale_log2, kv_len, WINDOW, SINK, LAST, D, BD, WINDOW >= 0, PRECISION,
         )  # fmt: skip
 
     b_o = b_acc / b_l[:, None]
     tl.store(o + o_m[:, None].to(tl.int64) * stride_om + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_q)
     if STORE_LSE:
-        b_lse = (b_m + tl.log2(b_l)) * 0.6931471805599453
-        tl.store(lse + tl.program_id(1).to(tl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
+        b_lse = b_m * (scale_log2 * 0.6931471805599453) + tl.log(b_l)
+        tl.store(lse + i_bh.to(tl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
 
 
-def _launch_options(q: Tensor, mask: BlockMask) -> dict:
-    """Tile shape, warps and stages for q's dtype and head_dim; measured on an H100 (docs/kernels.md)."""
+def _launch_options(q: Tensor, kv_heads: int, mask: BlockMask) -> dict:
+    """Tile shape, heads that take turns, warps and stages for q's dtype and head_dim."""
     wide = q.shape[-1] > 128
     if q.dtype == torch.float32:
-        return dict(BM=64, BN=32, num_warps=4, num_stages=1 if wide else 2)
+        return dict(BM=64, BN=32, together=1, num_warps=4, num_stages=1 if wide else 2)
     if mask.q_block == 128 and mask.kv_block == 128 and not wide:
-        return dict(BM=128, BN=128, num_warps=8, num_stages=2)
-    return dict(BM=64, BN=64, num_warps=4, num_stages=2 if wide else 3)
+        return dict(BM=128, BN=128, together=1, num_warps=8, num_stages=2)
+    return dict(BM=64, BN=64, together=1, num_warps=4, num_stages=2 if wide else 3)
 
 
-def _edge_tiles(mask: BlockMask, BM: int, BN: int) -> int:
+def _edge_tiles(mask: BlockMask, BN: int) -> int:
     """How many tiles at the end of a row's list may hold a key later than the first row of a program."""
-    if (mask.kv_len - mask.q_len) % BM == 0 and mask.step % BN == 0:
-        largest = max(mask.q_block, mask.kv_block)
-        if (mask.kv_len - mask.q_len) % largest == 0:
-            return largest // BN
+    largest = max(mask.q_block, mask.kv_block)
+    if mask.step == mask.kv_block and (mask.kv_len - mask.q_len) % largest == 0:
+        return largest // BN
     # Blocks that start less than q_block rows after the program's first row and end after it, whole blocks counted.
     blocks = (mask.q_block + mask.kv_block - 3) // mask.kv_block + 1
     return blocks * (mask.kv_block // BN)
@@ -262,21 +269,22 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
     if mask.q_block not in (64, 128) or mask.kv_block not in (64, 128):
         raise ValueError(f"the Triton kernel supports blocks of 64 and 128, got {mask.q_block} x {mask.kv_block}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    options = _launch_options(q, mask)
+    options = _launch_options(q, k.shape[1], mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
     mask_batch, mask_heads, rows, width = index.shape
     columns = num if mask.column_indices is None else mask.column_indices.contiguous()
     column_num = num if mask.column_num is None else mask.column_num.contiguous()
-    grid = (triton.cdiv(q_len, options["BM"]), batch * heads)
+    together = options.pop("together")
+    grid = (triton.cdiv(q_len, options["BM"]) * together, batch * heads // together)
     block_sparse_attention_fwd_kernel[grid](
         q, k, v, out, lse, num, index, column_num, columns,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3],
         mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2],
-        rows, width, columns.shape[-1], scale * LOG2E,
-        D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step,
-        EDGE_TILES=_edge_tiles(mask, options["BM"], options["BN"]), HAS_COLUMNS=mask.column_indices is not None,
+        rows, width, columns.shape[-1], _edge_tiles(mask, options["BN"]), together, scale * LOG2E,
+        STRIDE_KN=k.stride(2), STRIDE_VN=v.stride(2), D=dim, BD=triton.next_power_of_2(dim),
+        Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step, HAS_COLUMNS=mask.column_indices is not None,
         WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink, LAST=mask.last, STORE_LSE=store_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
     )  # fmt: skip
