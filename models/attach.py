@@ -184,8 +184,8 @@ class _Attachment:
             positions = self.positions
             if positions is not None:
                 positions = positions[b if positions.shape[0] > 1 else 0, row.k][None]
-            one = (x[b : b + 1, :, columns] for x, columns in ((q, row.q), (k, row.k), (v, row.k)))
-            out[b : b + 1, :, row.q] = self._run(module, *one, scale, states[b], positions, q_len == 1)
+            one_q, one_k, one_v = q[b : b + 1, :, row.q], k[b : b + 1, :, row.k], v[b : b + 1, :, row.k]
+            out[b : b + 1, :, row.q] = self._run(module, one_q, one_k, one_v, scale, states[b], positions, q_len == 1)
         return out
 
     def _run(
@@ -257,7 +257,7 @@ def _mask(
         raise ValueError(f"a model runs as {NAME!r} with no method attached to it: use attach()")
     if mask_function is not causal_mask_function:
         raise ValueError(
-            "a sparse method cannot run with a mask that is not plain causal (packed sequences, sliding or chunked windows, overlays)"
+            "a sparse method cannot run with a mask that is not plain causal (packed sequences, sliding windows, overlays)"
         )
     if isinstance(q_offset, Tensor) or kv_offset or kv_length != q_offset + q_length:
         raise ValueError("a sparse method cannot run with a static or sliding cache: use DynamicCache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,10 @@ class ModelRope:
         if not self._by_dim:
             self._check()
         if dim not in self._by_dim:
-            config = copy.deepcopy(self._by_dim[self.head_dim].config)
+            rotary = self._by_dim[self.head_dim]
+            config: Any = copy.deepcopy(rotary.config)
             config.head_dim = dim
-            self._by_dim[dim] = type(self.rotary)(config).to(positions.device)  # type: ignore[call-arg, arg-type]
+            self._by_dim[dim] = type(rotary)(config).to(positions.device)
         like = torch.empty(0, dtype=self.dtype, device=positions.device)
         # forward(), not a call: the hook that watches the model's positions must not see this.
         cos, sin = self._by_dim[dim].forward(like, positions.reshape(1, -1))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import HfApi
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,14 +76,17 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.d
     source, pinned = _source(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = _dequantised(source)
+    fault = None if isinstance(source, Path) else _hub_fault(source, pinned)
+    where: dict = dict(revision=pinned, local_files_only=fault is not None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=pinned)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=pinned, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
+            source, **where, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
             device_map=None if str(device) == "cpu" else device,
         )  # fmt: skip
-    except (OSError, ImportError) as error:  # huggingface_hub's errors are OSErrors
-        raise ValueError(f"cannot load {name!r}: {_remedy(name, source)} ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError) as error:
+        reason = (fault or str(error)).strip().splitlines()[0]
+        raise ValueError(f"cannot load {name!r}: {_remedy(name, source)} ({reason})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = model.config.get_text_config()
@@ -141,8 +145,8 @@ def _source(name: str) -> tuple[Path | str, str | None]:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         return name, None
     near = difflib.get_close_matches(name.lower(), MODELS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(MODELS)}"
-    raise ValueError(f"unknown model {name!r}: {hint} A local folder or a hub id org/name works too")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(MODELS)}."
+    raise ValueError(f"unknown model {name!r}; {hint} A local folder or a hub id org/name works too")
 
 
 def _spec_name(name: str) -> str:
@@ -150,6 +154,16 @@ def _spec_name(name: str) -> str:
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser().resolve().name
     return next((known for known, entry in MODELS.items() if entry.checkpoint == name), name)
+
+
+def _hub_fault(checkpoint: str, pinned: str | None) -> str | None:
+    """Why the hub cannot serve a checkpoint, or None. One short question: from_pretrained alone retries for a minute before
+    it turns to the files downloaded earlier."""
+    try:
+        HfApi().model_info(checkpoint, revision=pinned, timeout=10)
+    except Exception as error:  # the HTTP client, and so the type of its errors, changes with huggingface_hub's version
+        return str(error) or type(error).__name__
+    return None
 
 
 def _remedy(name: str, source: Path | str) -> str:
