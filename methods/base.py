@@ -108,7 +108,7 @@ class Method:
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
         """The blocks to attend to. q [B, H, q_len, D], k [B, H_kv, kv_len, D], after RoPE."""
         block = getattr(self, "block", 64)
-        return keep_top(self.score(q, k, ctx), q.shape[2], k.shape[2], block, block, self.density)
+        return keep_top(self.score(q, k, ctx), q.shape[2], k.shape[2], block, block, self.density)  # type: ignore[attr-defined]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         """The attention output [B, H, q_len, D]."""

@@ -1,0 +1,196 @@
+"""MInference's vertical-slash attention (Jiang et al. 2024, arXiv 2407.02490; code at microsoft/MInference fb56c91)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import BlockMask
+from ...kernels.vertical_slash import vertical_slash_mask
+from ..base import LayerContext, Method, ModelSpec, check_fields, register
+
+LAST_QUERIES = 64  # the queries whose attention ranks the lines
+MIN_VERTICAL, MIN_SLASH = 30, 50  # fewest lines of a head
+FORCED_VERTICAL, FORCED_SLASH = 30, 100  # first keys and nearest diagonals ranked before all others
+SCRATCH_BYTES = 1 << 28
+
+Budget = tuple[int, int]  # (vertical, slash)
+
+
+@register
+@dataclass(frozen=True)
+class MInference(Method):
+    """Every head keeps its best `vertical` key columns and `slash` diagonals, ranked by the attention of the last 64 queries.
+
+    The lines run as 64-token blocks over the slashes plus single columns (kernels/vertical_slash.py), which covers 1.1 to 2.6
+    times the pairs of the lines themselves: density is what ran. The defaults are the code's for a head that was not
+    searched; they are near-dense below 16k tokens.
+
+    `config` is a JSON file with the budgets of every head, as `python -m sparsebench.methods.minference` writes it:
+        {"model": name, "layers": [[[vertical, slash] or null, ... one per query head], ... one per layer]}
+    A null head or layer has the fields' budgets. `scale` multiplies all budgets; 30 verticals and 50 slashes are the least.
+
+    Lines are ranked once per forward pass by its last queries, so an early query's keys depend on later tokens (as in the
+    authors' code), and a chunk of a chunked prefill is ranked by its own last 64 queries.
+    """
+
+    name = "minference"
+    knob = "scale"
+    knob_range = (0.005, 64.0)
+    knob_log = True
+
+    vertical: int = 1000
+    slash: int = 6096
+    config: str | None = None
+    scale: float = 1.0
+
+    def __post_init__(self):
+        check_fields(self, vertical=(1, math.inf), slash=(1, math.inf), scale=(0.0, math.inf))
+
+    def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
+        vertical, slash = vertical_slash_scores(q, k, ctx.scale)
+        vertical[..., :FORCED_VERTICAL] = float("inf")
+        slash[..., :FORCED_SLASH] = float("inf")
+        budgets = self.budgets(ctx.layer, q.shape[1], k.shape[2])
+        verticals, slashes = ([budget[i] for budget in budgets] for i in (0, 1))
+        return vertical_slash_mask(
+            top_lines(vertical, tuple(verticals)), top_lines(slash, tuple(slashes)), max(verticals), max(slashes), q.shape[2]
+        )
+
+    def budgets(self, layer: int, heads: int, kv_len: int) -> list[Budget]:
+        """(vertical, slash) that run in every query head of a layer. Raises: ValueError when `config` does not fit."""
+        searched = self._searched(layer)
+        if searched is None:
+            searched = [None] * heads
+        if len(searched) != heads:
+            raise ValueError(f"{self.config} has {len(searched)} heads in layer {layer}, the model has {heads}")
+        own = (self.vertical, self.slash)
+        floors = (MIN_VERTICAL, MIN_SLASH)
+        return [
+            tuple(min(max(round(lines * self.scale), floor), kv_len) for lines, floor in zip(budget or own, floors))  # type: ignore[misc]
+            for budget in searched
+        ]
+
+    def _searched(self, layer: int) -> list[Budget | None] | None:
+        if self.config is None:
+            return None
+        layers = load_config(self.config)["layers"]
+        if layer >= len(layers):
+            raise ValueError(f"{self.config} has {len(layers)} layers, the model has a layer {layer}")
+        return layers[layer]
+
+    def prepare(self, model: ModelSpec) -> MInference:
+        """Checks `config` against the model. Raises: ValueError naming the model when layers or heads do not match."""
+        if self.config is not None:
+            config = load_config(self.config)
+            layers = len(config["layers"])
+            heads = next((len(layer) for layer in config["layers"] if layer is not None), model.heads)
+            if (layers, heads) != (model.layers, model.heads):
+                raise ValueError(
+                    f"{self.config} was searched for {config['model']} with {layers} layers of {heads} heads, but {model.name} "
+                    f"has {model.layers} of {model.heads}; search again with python -m sparsebench.methods.minference "
+                    f"--model {model.name}"
+                )
+        return self
+
+    @property
+    def note(self) -> str:
+        return "" if self.config else "every head has the default budgets (no head search)"
+
+    def params(self) -> dict[str, Any]:
+        digest = {} if self.config is None else {"config_sha256": load_config(self.config)["sha256"]}
+        return super().params() | digest
+
+
+def load_config(path: str) -> dict[str, Any]:
+    """The per-head file of MInference.config, checked, with the "sha256" of its bytes (16 digits).
+
+    Raises: ValueError when it is missing or malformed.
+    """
+    try:
+        return _load_config(path, Path(path).stat().st_mtime_ns)
+    except OSError as error:
+        raise ValueError(f"minference:config={path} cannot be read: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _load_config(path: str, modified_ns: int) -> dict[str, Any]:
+    content = Path(path).read_bytes()
+    try:
+        config = json.loads(content)
+        layers = [layer and [head and _budget(head) for head in layer] for layer in config["layers"]]
+        if len({len(layer) for layer in layers if layer is not None}) > 1:
+            raise ValueError("its layers differ in heads")
+        return {"model": str(config["model"]), "layers": layers, "sha256": hashlib.sha256(content).hexdigest()[:16]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} is no file of {{"model": name, "layers": [[[vertical, slash], ...], ...]}}: {error!r}'
+        ) from error
+
+
+def _budget(head: Any) -> Budget:
+    vertical, slash = head
+    if not (isinstance(vertical, int) and isinstance(slash, int) and vertical > 0 and slash > 0):
+        raise ValueError(f"{head} is no pair of positive integers")
+    return vertical, slash
+
+
+def vertical_slash_scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of the last 64 queries (all, if fewer) summed over every key column and over every diagonal.
+
+    q [B, H, q_len, D], k [B, H_kv, kv_len, D] -> fp32 [B, H, kv_len] by key and [B, H, kv_len] by distance i - j.
+    """
+    kv_heads, kv_len = k.shape[1:3]
+    q = q[:, :, -LAST_QUERIES:].float()
+    batch, heads, rows, dim = q.shape
+    group = heads // kv_heads
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    one_head = batch * group * rows * kv_len * 4
+    step = min(max(SCRATCH_BYTES // one_head, 1), kv_heads)
+    vertical, slash = (torch.empty(batch, heads, kv_len, device=q.device) for _ in range(2))
+    for h in range(0, kv_heads, step):
+        keys = k[:, h : h + step].float()
+        part = slice(h * group, (h + keys.shape[1]) * group)
+        logits = q[:, part].reshape(batch, keys.shape[1], group * rows, dim) @ keys.transpose(-1, -2)
+        logits = logits.view(batch, -1, rows, kv_len) * scale
+        logits[..., -rows:].masked_fill_(future, float("-inf"))
+        p = logits.softmax(-1)
+        vertical[:, part] = p.sum(-2)
+        slash[:, part] = diagonal_sums(p)
+    return vertical, slash
+
+
+def diagonal_sums(p: Tensor) -> Tensor:
+    """[B, H, rows, keys], the last row at the last key -> [B, H, keys]: entry d sums p over i - j = d."""
+    batch, heads, rows, keys = p.shape
+    # With rows - 1 zeros before every row, reading one element further from row to row follows a diagonal.
+    padded = F.pad(p, (rows - 1, 0))
+    width = padded.shape[-1]
+    diagonals = padded.as_strided((batch, heads, rows, keys), (heads * rows * width, rows * width, width + 1, 1))
+    return diagonals.sum(-2).flip(-1)
+
+
+def top_lines(scores: Tensor, budgets: tuple[int, ...]) -> Tensor:
+    """bool [B, H, n]: the budgets[h] best of every head of scores [B, H, n]; ties go to the lower index."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : max(budgets)]
+    rank = torch.arange(order.shape[-1], device=scores.device)
+    if min(budgets) == max(budgets):
+        kept = (rank >= 0).expand(order.shape)
+    else:
+        kept = (rank < _on_device(budgets, scores.device)[:, None]).expand(order.shape)
+    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, kept)
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept between calls, because a copy to the GPU waits for it."""
+    return torch.tensor(values, device=device)

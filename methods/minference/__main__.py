@@ -1,0 +1,7 @@
+"""python -m sparsebench.methods.minference: the offline head search."""
+
+import sys
+
+from .search import main
+
+sys.exit(main())

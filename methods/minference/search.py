@@ -1,0 +1,142 @@
+"""The offline head search: which vertical and slash budgets every head of a model gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...kernels import block_sparse_attention
+from ...kernels.block_mass import attention_map
+from ..base import LayerContext, Method, ModelSpec, dense_mask
+from . import FORCED_VERTICAL, top_lines, vertical_slash_scores
+
+FIRST_ROW = 2500  # mass is counted from this query on; from the middle when the text is shorter than twice that
+FORCED_SLASH = 30  # the search forces fewer nearest diagonals than the run
+
+
+class Candidate(NamedTuple):
+    vertical: int
+    slash: int
+    static: bool = False  # A-shape: the first `vertical` keys and the nearest `slash` diagonals
+
+
+# Source: MInference's search space, of about equal cost on its kernels. It also has block-sparse heads, which its own
+# configurations rewrite to the default budgets; they are left out.
+GRID = (Candidate(30, 800), Candidate(100, 750), Candidate(500, 700), Candidate(3500, 100), Candidate(100, 800, static=True))
+
+
+def kept_mass(q: Tensor, k: Tensor, scale: float, candidates: Sequence[Candidate]) -> Tensor:
+    """Mean attention mass a query keeps under each candidate's lines, exact in tokens, fp32 [candidates, H].
+
+    q [B, H, L, D], k [B, H_kv, L, D] of a whole prompt. Counted over the queries from 2500 on, or over the second half of a
+    prompt below 5000 tokens, where a candidate's lines do not yet cover nearly all keys.
+    Raises: ValueError when q and k differ in length.
+    """
+    length = q.shape[2]
+    if k.shape[2] != length:
+        raise ValueError(f"the head search needs a whole prompt, got {length} queries and {k.shape[2]} keys")
+    lines = [_lines(*vertical_slash_scores(q, k, scale), candidate) for candidate in candidates]
+    first = min(FIRST_ROW, length // 2)
+    total = torch.zeros(len(candidates), q.shape[1], device=q.device)
+    for heads, start, p in attention_map(q, k, scale, first_row=first):
+        rows, keys = p.shape[2:]
+        p = p.flip(2)
+        for c, (vertical, slash) in enumerate(lines):
+            kept = _diagonals(slash[:, heads], start + rows, rows) | vertical[:, heads, None, :keys]
+            total[c, heads] += (p * kept).sum((0, 2, 3))
+    return total / (q.shape[0] * (length - first))
+
+
+def _lines(vertical: Tensor, slash: Tensor, candidate: Candidate) -> tuple[Tensor, Tensor]:
+    """The candidate's columns and distances, bool [B, H, L] each, from the scores of vertical_slash_scores()."""
+    if candidate.static:
+        line = torch.arange(vertical.shape[-1], device=vertical.device)
+        return (line < candidate.vertical).expand(vertical.shape), (line < candidate.slash).expand(slash.shape)
+    forced = [scores.clone() for scores in (vertical, slash)]
+    forced[0][..., :FORCED_VERTICAL] = float("inf")
+    forced[1][..., :FORCED_SLASH] = float("inf")
+    heads = vertical.shape[1]
+    return top_lines(forced[0], (candidate.vertical,) * heads), top_lines(forced[1], (candidate.slash,) * heads)
+
+
+def _diagonals(slash: Tensor, end: int, rows: int) -> Tensor:
+    """bool view [B, H, rows, end] of slash [B, H, L]: row r, key j is slash[i - j] for query i = end - 1 - r (from the last
+    query up), False for j > i."""
+    length = slash.shape[-1]
+    reverse = torch.nn.functional.pad(slash.flip(-1), (0, rows))
+    batch, heads, width = reverse.shape
+    # reverse[length - 1 - (i - j)]: one element further for the next key and for the next row up.
+    return reverse.as_strided((batch, heads, rows, end), (heads * width, width, 1, 1), length - end)
+
+
+def search_head_configs(q: Tensor, k: Tensor, scale: float, candidates: Sequence[Candidate] = GRID) -> Tensor:
+    """Index [H] of the candidate that keeps the most attention mass in every head; ties go to the first. See kept_mass()."""
+    return kept_mass(q, k, scale, candidates).argmax(0)
+
+
+@dataclass(frozen=True)
+class _Probe(Method):
+    """Runs the model dense and adds up every layer's kept mass, [layers] of [candidates, H]."""
+
+    mass: list[Tensor]
+    name = "minference_search"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        self.mass[ctx.layer] += kept_mass(q, k, ctx.scale, GRID).to(self.mass[ctx.layer])
+        return block_sparse_attention(q, k, v, dense_mask(q.shape[2], k.shape[2], q.device), scale=ctx.scale)
+
+
+@torch.no_grad()
+def search(model: Any, spec: ModelSpec, documents: list[list[int]]) -> dict[str, Any]:
+    """The content of a MInference.config file: every head's best candidate by mean kept mass over the documents (token ids)."""
+    from ...models.attach import attach
+
+    mass = [torch.zeros(len(GRID), spec.heads) for _ in range(spec.layers)]
+    with attach(model, _Probe(mass)):
+        for ids in tqdm(documents, desc="head search", unit="document"):
+            model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+    best = [[GRID[i] for i in layer.argmax(0).tolist()] for layer in mass]
+    return {"model": spec.name, "layers": [[[head.vertical, head.slash] for head in layer] for layer in best]}
+
+
+def _tokens(text: str) -> int:
+    return int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from ...models import zoo
+    from ...suites.corpora import token_windows
+
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsebench.methods.minference", description="Search every head's vertical and slash budgets."
+    )
+    parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
+    parser.add_argument("--data", required=True, help="corpus whose split 'train' is read, e.g. file:PATH")
+    parser.add_argument("--ctx", type=_tokens, default=8192, help="tokens per document, e.g. 8k; the paper searches at 32k")
+    parser.add_argument("--out", required=True, type=Path, help="JSON file for minference:config=FILE")
+    parser.add_argument("--limit", type=int, default=1, help="documents to average over")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
+    args = parser.parse_args(argv)
+    try:
+        loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+        windows = token_windows(loaded.tokenizer, args.data, "train", args.ctx, args.limit)
+        found = search(loaded.model, loaded.spec, [ids for _, ids in windows.ids])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found))
+    heads = [tuple(head) for layer in found["layers"] for head in layer]
+    counts = ", ".join(f"({c.vertical}, {c.slash}) x {heads.count((c.vertical, c.slash))}" for c in GRID)
+    print(f"{len(heads)} heads of {found['model']}: {counts}; in {args.out}")
+    return 0
