@@ -1,0 +1,158 @@
+"""What must hold for every registered method, or between methods.
+
+A new method is picked up by itself; give it a line in SMALL when its defaults select everything at a few hundred tokens, and
+in DENSE when some setting of it equals dense attention.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+import sparsebench
+from sparsebench.kernels.block_mass import block_mass
+from sparsebench.methods import METHODS
+
+SMALL = {  # settings sparse at 500 tokens
+    "a_shape": dict(init=8, local=70),
+    "minference": dict(vertical=40, slash=60),
+    "oracle": dict(density=0.3),
+    "random": dict(density=0.3),
+}
+DENSE = {  # settings equal to dense attention at 500 tokens
+    "a_shape": dict(init=0, local=500),
+    "minference": dict(vertical=500, slash=500),
+    "oracle": dict(density=1.0),
+    "random": dict(density=1.0),
+}
+NESTED = {  # values of the knob, rising, whose masks must nest
+    "a_shape": (1, 64, 100, 333),
+    "oracle": (0.02, 0.1, 0.11, 0.3, 0.31, 0.8, 1.0),
+    "random": (0.02, 0.1, 0.11, 0.3, 0.31, 0.8, 1.0),
+}
+LENGTHS = [(500, 500), (64, 64), (1, 1), (65, 65), (130, 500), (128, 448)]  # (q_len, kv_len); the last two are chunks
+
+PREFILL = sorted(name for name, cls in METHODS.items() if "prefill" in cls.phases and cls.needs == "nothing")
+SPARSE = sorted(set(PREFILL) - {"dense"})
+
+
+def of(settings):
+    return sorted(set(settings) & set(PREFILL))
+
+
+def build(name, settings=SMALL):
+    return METHODS[name](**settings.get(name, {}))
+
+
+def tensors(q_len, kv_len, batch=1, heads=4, kv_heads=2):
+    """q, k, v with a few keys that many queries look at and a preference for near keys, as in a trained model."""
+    generator = torch.Generator().manual_seed(q_len * 1000 + kv_len)
+    q, k, v = (torch.randn(batch, n, length, 64, generator=generator) for n, length in
+               ((heads, q_len), (kv_heads, kv_len), (kv_heads, kv_len)))  # fmt: skip
+    q[..., 0] += 3
+    k[:, :, torch.rand(kv_len, generator=generator) < 0.03, 0] += 8
+    angle = torch.arange(kv_len) * 0.01
+    near = torch.stack([angle.cos(), angle.sin()], dim=-1) * 5
+    k[..., 1:3], q[..., 1:3] = near, near[kv_len - q_len :]
+    return q, k, v
+
+
+def run(method, q, k, v):
+    return sparsebench.attention(method, q, k, v, rope_theta=10000.0)
+
+
+def selected(method, q, k, v):
+    """bool [B, H, q_len, kv_len], one map per query head and batch row."""
+    tokens = run(method, q, k, v)[1].tokens()
+    tokens = tokens.repeat_interleave(q.shape[1] // tokens.shape[1], dim=1)
+    return tokens.expand(q.shape[0], -1, -1, -1)
+
+
+@pytest.mark.parametrize("q_len, kv_len", LENGTHS)
+@pytest.mark.parametrize("name", SPARSE)
+def test_output_is_attention_over_the_mask(name, q_len, kv_len):
+    """The mask is valid (sorted, unique, causal, no query left blind) and the output is softmax over exactly its keys."""
+    q, k, v = tensors(q_len, kv_len)
+    out, mask = run(build(name), q, k, v)
+    # The check does not know that a window's cut leaves every query at least its own key; the tokens below show it.
+    dataclasses.replace(mask, window=None, trusted=False).check()
+    tokens = selected(build(name), q, k, v)
+    assert tokens.any(-1).all()
+    assert not tokens.triu(kv_len - q_len + 1).any()
+    logits = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 64**-0.5
+    expected = logits.masked_fill(~tokens, float("-inf")).softmax(-1) @ v.double().repeat_interleave(2, 1)
+    assert torch.allclose(out.double(), expected, atol=1e-4)
+    visible = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len).sum()
+    density = tokens.sum((-1, -2)).double() / visible
+    assert torch.allclose(mask.density().mean(), density.mean(), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) & set(SPARSE)))
+def test_small_settings_are_sparse(name):
+    """Guards the other tests: on a dense mask they would say nothing."""
+    q, k, v = tensors(500, 500)
+    assert 0.02 < run(build(name), q, k, v)[1].density().mean() < 0.8
+
+
+@pytest.mark.parametrize("q_len, kv_len", LENGTHS)
+@pytest.mark.parametrize("name", of(DENSE))
+def test_full_setting_equals_dense(name, q_len, kv_len):
+    q, k, v = tensors(q_len, kv_len)
+    out, mask = run(build(name, DENSE), q, k, v)
+    assert (mask.density() == 1).all()
+    assert torch.allclose(out, run(METHODS["dense"](), q, k, v)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("q_len, kv_len", LENGTHS)
+@pytest.mark.parametrize("name", of(NESTED))
+def test_masks_nest_as_the_knob_rises(name, q_len, kv_len):
+    q, k, v = tensors(q_len, kv_len)
+    knob = METHODS[name].knob
+    masks = [selected(dataclasses.replace(build(name), **{knob: value}), q, k, v) for value in NESTED[name]]
+    assert all(not (fewer & ~more).any() for fewer, more in itertools.pairwise(masks))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_same_inputs_give_the_same_mask_and_output(name):
+    first, again = (run(build(name), *tensors(500, 500)) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1].tokens(), again[1].tokens())
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_batch_of_two_equals_two_batches_of_one(name):
+    q, k, v = tensors(333, 333, batch=2)
+    both = selected(build(name), q, k, v)
+    for b in range(2):
+        assert torch.equal(both[b], selected(build(name), *(x[b : b + 1] for x in (q, k, v)))[0])
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_grouped_kv_heads_equal_repeated_ones(name):
+    q, k, v = tensors(333, 333)
+    assert torch.equal(
+        selected(build(name), q, k, v), selected(build(name), q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+    )
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_oracle_recall_is_the_ceiling_at_equal_row_budgets(name):
+    """No choice of as many tiled blocks keeps more of a row's attention mass than the oracle's first ones."""
+    q, k, v = tensors(500, 500)
+    mask = run(build(name), q, k, v)[1]
+    if mask.step != mask.kv_block or mask.column_indices is not None:
+        pytest.skip(f"{name}'s blocks do not tile the keys")
+    logits = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 64**-0.5
+    p = logits.masked_fill(~torch.ones(500, 500, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+    rows = torch.arange(500) // mask.q_block
+    kept = (p * selected(build(name), q, k, v)).sum(-1)
+    kept = torch.zeros(1, 4, int(rows.max()) + 1, dtype=torch.float64).index_add_(2, rows, kept)
+    ranked = block_mass(q, k, 64**-0.5, mask.q_block, mask.kv_block).sort(dim=-1, descending=True).values
+    num = mask.kv_num_blocks.repeat_interleave(4 // mask.kv_num_blocks.shape[1], dim=1)
+    ceiling = (ranked * (torch.arange(ranked.shape[-1]) < num[..., None])).sum(-1)
+    assert (kept <= ceiling + 1e-3).all()
+    if name == "oracle":
+        assert torch.allclose(kept, ceiling.double(), atol=1e-3)
+    elif name == "random":
+        assert kept.sum() < 0.95 * ceiling.sum()
