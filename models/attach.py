@@ -140,7 +140,10 @@ class _Attachment:
         self.states.clear()
 
     def _watch_positions(self, _module, args: tuple, kwargs: dict) -> None:
-        self.new_positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        if not isinstance(positions, Tensor) or positions.ndim != 2:
+            raise ValueError("a sparse method needs a rotary embedding with one position per token (position_ids [B, q_len])")
+        self.new_positions = positions
 
     def plan(self, q_len: int, kv_len: int, real: Tensor | None, device: torch.device) -> Tensor | None:
         """Once per forward pass: where the padding is. Syncs with the GPU once when there is a padding mask."""

@@ -225,6 +225,18 @@ def test_context_of_chunks_rows_and_decoding():
 
 
 @torch.no_grad()
+def test_rows_of_a_padded_batch_have_their_own_state():
+    model, method = build(), Diagonal()
+    ids, mask = padded("left", (70, 60), 70)
+    with attach(model, method):
+        cache = DynamicCache()
+        for start, stop in ((0, 40), (40, 70)):
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+    calls = [(positions[0], state) for layer, _, positions, state in method.seen if layer == 1]
+    assert calls == [(0, {}), (0, {}), (40, {"calls": 1}), (30, {"calls": 1})]
+
+
+@torch.no_grad()
 def test_trace_density_is_the_share_of_visible_pairs():
     model, method = build(), Diagonal()
     n = 70
@@ -274,12 +286,14 @@ def test_q_and_k_before_rope(family, rope):
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["position_ids", "arange"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
 @torch.no_grad()
 def test_before_rope_uses_the_positions_the_model_used(side, explicit):
     """In chunks, with padding, whether positions come from the mask (as generate() does) or count the padding."""
     model, method = build(), PreRope()
-    ids, mask = padded(side)
+    ids, mask = padded("right" if side == "middle" else side)
+    if side == "middle":  # right-padded rows that go on after their padding, as when prompts are answered from a cache
+        mask[:, 68:] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0) if explicit else torch.arange(70)[None]
     expected = before_rope(model, ids, attention_mask=mask, position_ids=positions)
     with attach(model, method):
@@ -287,7 +301,7 @@ def test_before_rope_uses_the_positions_the_model_used(side, explicit):
         for start, stop in ((0, 68), (68, 70)):
             given = dict(position_ids=positions[:, start:stop]) if explicit else {}
             model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, **given)
-    rows = [0, 1, 2] if side == "left" else [0]  # right-padded rows have no real token in the second chunk
+    rows = [0] if side == "right" else [0, 1, 2]  # right-padded rows have no real token in the second chunk
     for row, (q_pre, k_pre) in zip(rows, method.seen[0][3:], strict=True):
         real = mask[row].bool()
         torch.testing.assert_close(k_pre[0], expected[0, "k"][row][:, real], atol=1e-5, rtol=1e-5)
