@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...kernels import block_sparse_attention
 from ...kernels.block_mass import attention_map
-from ..base import LayerContext, Method, ModelSpec, dense_mask
+from ..base import LayerContext, Method, ModelSpec
+from ..dense import dense_attention
 from . import FORCED_VERTICAL, top_lines, vertical_slash_scores
 
 FIRST_ROW = 2500  # mass is counted from this query on; from the middle when the text is shorter than twice that
@@ -92,14 +92,21 @@ class _Probe(Method):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         self.mass[ctx.layer] += kept_mass(q, k, ctx.scale, GRID).to(self.mass[ctx.layer])
-        return block_sparse_attention(q, k, v, dense_mask(q.shape[2], k.shape[2], q.device), scale=ctx.scale)
+        return dense_attention(q, k, v, ctx.scale)
 
 
 @torch.no_grad()
 def search(model: Any, spec: ModelSpec, documents: list[list[int]]) -> dict[str, Any]:
-    """The content of a MInference.config file: every head's best candidate by mean kept mass over the documents (token ids)."""
+    """The content of a MInference.config file: every head's best candidate by mean kept mass over the documents (token ids).
+
+    Raises: ValueError for a document so short that the candidate with the most columns keeps nearly all of its keys.
+    """
     from ...models.attach import attach
 
+    least = 2 * max(candidate.vertical for candidate in GRID)
+    shortest = min(len(ids) for ids in documents)
+    if shortest < least:
+        raise ValueError(f"the head search needs at least {least} tokens a document, got {shortest}: use --ctx 8k or more")
     mass = [torch.zeros(len(GRID), spec.heads) for _ in range(spec.layers)]
     with attach(model, _Probe(mass)):
         for ids in tqdm(documents, desc="head search", unit="document"):
