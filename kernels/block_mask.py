@@ -167,33 +167,58 @@ class BlockMask:
         """Selected pairs / causally visible pairs, float64 [B, H]."""
         return self.pairs().double() / self.visible_pairs()
 
-    def check(self) -> BlockMask:
-        """This mask, marked trusted. Syncs with the GPU once.
+    def _blind_rows(self) -> Tensor:
+        """bool [B, H, NQ, q_block]: query rows that see none of the listed keys. Needs ascending lists."""
+        q0, q1 = self.row_bounds()
+        i = (q0[:, None] + torch.arange(self.q_block, device=self.device)).minimum(q1[:, None] - 1)
+        i = i.expand(*self.kv_num_blocks.shape, -1).contiguous()
+        lists = [(self.kv_indices.long() * self.step, self._valid(), self.kv_block)]
+        if self.column_indices is not None:
+            lists.append((self.column_indices.long(), self._column_valid(), 1))
+        newest, oldest = torch.full_like(i, -1), torch.full_like(i, self.kv_len)  # of the listed keys up to i
+        for start, valid, size in lists:
+            start = torch.nn.functional.pad(start.where(valid, self.kv_len), (0, 1), value=self.kv_len)
+            at = torch.searchsorted(start, i, right=True) - 1
+            reach = (start.gather(-1, at.clamp(min=0)) + size - 1).minimum(i)
+            newest = torch.where(at >= 0, newest.maximum(reach), newest)
+            oldest = oldest.minimum(start[..., :1])
+        if self.window is None:
+            return newest < 0
+        near = (newest > i - self.window) | (i >= self.kv_len - self.last)
+        return ~((newest >= 0) & near | (oldest < self.sink) & (oldest <= i))
 
-        Raises: ValueError when a query row would see no key, or indices are unsorted, repeated or out of range.
+    def check(self) -> BlockMask:
+        """This mask, marked trusted. Syncs with the GPU.
+
+        Raises: ValueError when a query row would see no key, indices are unsorted, repeated, out of range or of a block in
+        the future of its whole row, or a column lies inside a chosen block (it would count twice).
         """
         if self.trusted:
             return self
         valid, first = self._valid(), self.kv_indices.long() * self.step
-        q0, q1 = self.row_bounds()
-        if bool((self.kv_num_blocks > self.kv_indices.shape[-1]).any() | (self.kv_num_blocks < 0).any()):
+        q1 = self.row_bounds()[1]
+        if bool(((self.kv_num_blocks > self.kv_indices.shape[-1]) | (self.kv_num_blocks < 0)).any()):
             raise ValueError("kv_num_blocks is negative or larger than the rows of kv_indices")
         if bool((valid & ((first < 0) | (first >= q1[:, None]))).any()):
             raise ValueError("a query block lists a key block that none of its rows may see (negative or after its causal end)")
         gap_too_small = first[..., 1:] - first[..., :-1] < self.kv_block
         if bool((valid[..., 1:] & gap_too_small).any()):
             raise ValueError("kv_indices must be ascending without overlap in the first kv_num_blocks of each row")
-        seen = (valid & (first <= q0[:, None])).any(-1)
-        if self.window is not None:
-            reaches = (first + self.kv_block >= q1[:, None]) | ((first == 0) & (self.sink > 0))
-            seen = (valid & (first <= q0[:, None]) & reaches).any(-1)
-        if self.column_indices is not None:
+        if self.column_indices is not None and self.column_num is not None:
+            if bool(((self.column_num > self.column_indices.shape[-1]) | (self.column_num < 0)).any()):
+                raise ValueError("column_num is negative or larger than the rows of column_indices")
             column, column_valid = self.column_indices.long(), self._column_valid()
             if bool((column_valid & ((column < 0) | (column >= self.kv_len))).any()):
                 raise ValueError("column_indices are out of range")
-            seen = seen | (column_valid & (column <= q0[:, None])).any(-1)
-        if not bool(seen.all()):
-            b, h, r = (~seen).nonzero()[0].tolist()
+            if bool((column_valid[..., 1:] & (column[..., 1:] <= column[..., :-1])).any()):
+                raise ValueError("column_indices must be ascending in the first column_num of each row")
+            start = torch.nn.functional.pad(first.where(valid, 2 * self.kv_len), (1, 0), value=-self.kv_block)
+            block = start.gather(-1, torch.searchsorted(start, column.contiguous(), right=True).sub(1).clamp(min=0))
+            if bool((column_valid & (column < block + self.kv_block)).any()):
+                raise ValueError("a column lies inside a chosen block of its row and would count twice")
+        blind = self._blind_rows()
+        if bool(blind.any()):
+            b, h, r, _ = blind.nonzero()[0].tolist()
             raise ValueError(f"a query row would see no key: batch {b}, head {h}, query block {r}")
         return replace(self, trusted=True)
 

@@ -116,7 +116,7 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
         logits = q[:, :, q0:q1].to(dtype) @ k[b, kv_head, keys].to(dtype).transpose(-1, -2) * scale
         logits = logits.masked_fill(~seen, float("-inf"))
         lse.append(logits.logsumexp(-1))
-        out.append((logits - lse[-1][..., None]).exp() @ v[b, kv_head, keys].to(dtype))
+        out.append(logits.softmax(-1) @ v[b, kv_head, keys].to(dtype))
     return torch.cat(out, dim=2).to(q.dtype), torch.cat(lse, dim=2)
 
 
@@ -173,7 +173,7 @@ def block_sparse_attention_fwd_kernel(
 
     A masked tile after the loop would make ptxas serialise every wgmma of the loop (C7515), so the list is walked from
     its end: first the edge_tiles last tiles with masks, then the rest, which every row of the program sees whole.
-    The count of edge tiles is no constant: LLVM unrolls such a loop, and C7515 comes back.
+    Their count is no constant: LLVM unrolls a loop of known length, and C7515 comes back.
     `together` neighbouring heads take turns, so that programs which run at the same time share their part of K and V.
     """
     i_tile = tl.num_programs(0) // together - 1 - tl.program_id(0) // together  # long rows first
@@ -242,12 +242,13 @@ def block_sparse_attention_fwd_kernel(
 
 def _launch_options(q: Tensor, kv_heads: int, mask: BlockMask) -> dict:
     """Tile shape, heads that take turns, warps and stages for q's dtype and head_dim."""
-    wide = q.shape[-1] > 128
-    if q.dtype == torch.float32:
-        return dict(BM=64, BN=32, together=1, num_warps=4, num_stages=1 if wide else 2)
-    if mask.q_block == 128 and mask.kv_block == 128 and not wide:
+    if q.dtype == torch.float32:  # exact fp32 products run on the ordinary cores; wider tiles spill registers
+        return dict(BM=64, BN=16, together=1, num_warps=8, num_stages=1)
+    if q.shape[-1] > 128:
+        return dict(BM=64, BN=64, together=1, num_warps=8, num_stages=2)
+    if mask.q_block == 128 and mask.kv_block == 128:
         return dict(BM=128, BN=128, together=1, num_warps=8, num_stages=2)
-    return dict(BM=64, BN=64, together=1, num_warps=4, num_stages=2 if wide else 3)
+    return dict(BM=64, BN=64, together=1, num_warps=4, num_stages=3)
 
 
 def _edge_tiles(mask: BlockMask, BN: int) -> int:
