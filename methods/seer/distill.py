@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ...kernels.block_mass import block_mass
 from ..base import LayerContext, Method, ModelSpec
 from .gate import AttnGate
 from .weights import save_gates
 
-SCRATCH_BYTES = 2**29  # of attention logits at a time
 LOSS_FACTOR = 10.0  # the authors'; it moves no optimum, and with AdamW hardly the path
 
 
@@ -38,6 +38,7 @@ class Recipe:
     block: int = 64
     gate_dim: int = 128
     loss: str = "max"  # or "mass": what of a block's probabilities the gate learns
+    drop: float = 0.25  # part of the rows, the first, left out of the loss: 0 for gates that also serve short contexts
     steps: int = 500
     batch: int = 1  # sequences a step
     lr: float = 1e-3
@@ -45,52 +46,24 @@ class Recipe:
     seed: int = 0
 
 
-@torch.no_grad()
 def block_map(q: Tensor, k: Tensor, of: str = "max", block: int = 64, scale: float | None = None) -> Tensor:
-    """The teacher: causal softmax probabilities pooled per block x block and normalised to sum 1 in every row.
+    """The teacher: causal softmax probabilities pooled per block x block and normalised to sum 1 in every row, exact.
 
-    Exact, in chunks of query rows with all their keys; logits are fp32 from operands as they come.
     Args: q [B, H, N, D], k [B, H_kv, N, D] after RoPE; of: "max" over a block's rows and keys (the paper), or their "mass".
     Returns: fp32 [B, H, NB, NB], NB = ceil(N / block).
     """
-    batch, heads, length, dim = q.shape
-    kv_heads, blocks = k.shape[1], -(-length // block)
-    scale = dim**-0.5 if scale is None else scale
-    keys = F.pad(k, (0, 0, 0, blocks * block - length)).flatten(0, 1).transpose(1, 2)
-    out = torch.zeros(batch, heads, blocks, blocks, device=q.device)
-    step = max(SCRATCH_BYTES // (4 * batch * heads * blocks * block) // block, 1) * block
-    for r0 in range(0, length, step):
-        r1 = min(r0 + step, length)
-        width, rows = -(-r1 // block), r1 - r0
-        # The heads of a group stand under one another, so K is read in place.
-        queries = q[:, :, r0:r1].reshape(batch * kv_heads, -1, dim)
-        logits = _matmul_fp32(queries, keys[..., : width * block]).mul_(scale).view(batch, heads, rows, width * block)
-        future = torch.ones(rows, width * block - r0, dtype=torch.bool, device=q.device).triu(1)
-        logits[..., r0:].masked_fill_(future, float("-inf"))
-        logits = logits.unflatten(-1, (width, block))
-        peak = logits.amax(-1)
-        top = peak.amax(-1, keepdim=True)
-        mass = logits.sub_(top[..., None]).exp_().sum(-1)
-        part = ((peak - top).exp() if of == "max" else mass) / mass.sum(-1, keepdim=True)
-        part = F.pad(part, (0, 0, 0, -rows % block)).unflatten(2, (-1, block))
-        part = part.amax(3) if of == "max" else part.sum(3)
-        out[:, :, r0 // block : r0 // block + part.shape[2], :width] = part / part.sum(-1, keepdim=True)
-    return out
+    pooled = block_mass(q, k, q.shape[-1] ** -0.5 if scale is None else scale, block, block, of)
+    return pooled / pooled.sum(-1, keepdim=True)
 
 
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def gate_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || softmax of the block-causal logits), mean over all entries of the last three quarters of rows, x 10."""
+def gate_loss(logits: Tensor, teacher: Tensor, drop: float = 0.25) -> Tensor:
+    """KL(teacher || softmax of the block-causal logits), mean over all entries, without the first `drop` of rows, x 10."""
     blocks = logits.shape[-1]
     future = torch.ones(blocks, blocks, dtype=torch.bool, device=logits.device).triu(1)
     # Finite, because F.kl_div multiplies the log by the teacher's 0 there.
     student = logits.float().masked_fill(future, -1e30).log_softmax(-1)
-    return LOSS_FACTOR * F.kl_div(student[..., blocks // 4 :, :], teacher[..., blocks // 4 :, :], reduction="mean")
+    first = int(blocks * drop)
+    return LOSS_FACTOR * F.kl_div(student[..., first:, :], teacher[..., first:, :], reduction="none").mean()
 
 
 class GateTrainer(Method):
@@ -98,28 +71,36 @@ class GateTrainer(Method):
 
     name = "seer_distill"
 
-    def __init__(self, gates: list[AttnGate], of: str, batch: int):
-        self.gates, self.of, self.batch = gates, of, batch
+    def __init__(self, gates: list[AttnGate], recipe: Recipe):
+        self.gates, self.recipe = gates, recipe
         self.losses: list[Tensor] = []  # one a layer and sequence, since last cleared
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         gate = self.gates[ctx.layer]
-        teacher = block_map(q, k, self.of, gate.block, ctx.scale)
+        teacher = block_map(q, k, self.recipe.loss, gate.block, ctx.scale)
         assert ctx.rope is not None
         tables = ctx.rope(ctx.positions[:: gate.block], gate.rope_dim)
         with torch.enable_grad():
-            loss = gate_loss(gate(ctx.q_pre, ctx.k_pre, *tables), teacher)
-            (loss / self.batch).backward()
+            loss = gate_loss(gate(ctx.q_pre, ctx.k_pre, *tables), teacher, self.recipe.drop)
+            (loss / self.recipe.batch).backward()
         self.losses.append(loss.detach())
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=ctx.scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def new_gates(model: ModelSpec, recipe: Recipe) -> list[AttnGate]:
-    """Untrained gates, fp32, the same for the same seed."""
+    """Gates to train, fp32, the same for the same seed; they start near the dot product of the means (last pooling) of q and k.
+
+    The authors start from random weights; from here the same training keeps more attention mass.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         sizes = (recipe.block, model.head_dim, recipe.gate_dim, model.heads, model.kv_heads)
-        return [AttnGate(recipe.gate_type, *sizes) for _ in range(model.layers)]
+        gates = [AttnGate(recipe.gate_type, *sizes) for _ in range(model.layers)]
+    with torch.no_grad():
+        for weight in (weight for gate in gates for weight in gate.parameters()):
+            weight.mul_(0.1)
+            weight[:, -model.head_dim :] += torch.eye(model.head_dim, recipe.gate_dim)
+    return gates
 
 
 def pack(texts: Iterable[str], tokenizer: Any, ctx_len: int) -> Tensor:
@@ -159,7 +140,7 @@ def train(model: Any, spec: ModelSpec, sequences: Tensor, recipe: Recipe) -> tup
     device = next(model.parameters()).device
     model.requires_grad_(False).eval()
     gates = [gate.to(device) for gate in new_gates(spec, recipe)]
-    trainer = GateTrainer(gates, recipe.loss, recipe.batch)
+    trainer = GateTrainer(gates, recipe)
     weights = [weight for gate in gates for weight in gate.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))

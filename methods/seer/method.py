@@ -24,7 +24,8 @@ KNOBS = {
     "budget": (1.0, 16384.0, True),
     "top_p": (0.0, 1.0, False),
 }
-HOW_TO_GET = "give one with seer:gate=PATH, or train one: python -m sparsebench.methods.seer.distill --model NAME --data file:PATH --out PATH"
+TRAIN = "python -m sparsebench.methods.seer.distill --model NAME --data file:PATH --out PATH"
+HOW_TO_GET = f"give one with seer:gate=PATH, or train one: {TRAIN}"
 
 
 @register
