@@ -1,0 +1,100 @@
+"""Methods from text: `seer,minference:vertical=1000,slash=6096` -> instances."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from typing import Any
+
+from .base import METHODS, Method
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the closest known ones, or all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def build(name: str, params: dict[str, Any]) -> Method:
+    """A method from its name and its params(); entries that are no fields (hashes) are passed over.
+
+    Raises: ValueError for an unknown method or a value out of range.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
+    cls: Any = METHODS[name]
+    return cls(**{f.name: params[f.name] for f in dataclasses.fields(cls) if f.init and f.name in params})
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods of a command line: names separated by commas or spaces, `NAME:field=value` sets hyper-parameters.
+
+    Raises: ValueError for an unknown method or field, a value of the wrong type or out of range, or a method named twice.
+    """
+    specs: list[str] = []
+    for part in filter(None, re.split(r"[,\s]+", text)):
+        if "=" in part and ":" not in part.split("=")[0]:
+            if not specs:
+                raise ValueError(f"{part!r} sets a field of no method; write NAME:{part}")
+            specs[-1] += ("," if ":" in specs[-1] else ":") + part
+        else:
+            specs.append(part)
+    methods = [_parse_one(spec) for spec in specs]
+    for i, method in enumerate(methods):
+        if method in methods[:i]:
+            raise ValueError(f"method {specs[i]!r} is listed twice")
+    return methods
+
+
+def label(method: Method) -> str:
+    """The method as a reader of a table wants it: its name and the fields that differ from the defaults."""
+    default, params = type(method)().params(), method.params()
+    changed = [f"{f.name}={params[f.name]}" for f in dataclasses.fields(method) if params[f.name] != default[f.name]]  # type: ignore[arg-type]
+    return f"{method.name}({', '.join(changed)})" if changed else method.name
+
+
+def _parse_one(spec: str) -> Method:
+    name, _, fields = spec.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
+    cls: Any = METHODS[name]
+    hints = {f.name: typing.get_type_hints(cls).get(f.name, str) for f in dataclasses.fields(cls) if f.init}
+    values = {}
+    for item in filter(None, fields.split(",")):
+        field, equals, value = item.partition("=")
+        if not equals or field not in hints:
+            raise ValueError(f"{name} has no field {field!r}; {nearest(field, hints) if hints else 'it has none'}")
+        try:
+            values[field] = _parse_value(value, hints[field])
+        except ValueError:
+            raise ValueError(f"{name}:{field}={value} is not {_describe(hints[field])}") from None
+    return cls(**values)
+
+
+def _options(hint: Any) -> list[Any]:
+    return [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(names.get(t, "text") for t in _options(hint))
+
+
+def _parse_value(text: str, hint: Any) -> Any:
+    if text.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    kinds = _options(hint)
+    if bool in kinds and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in kinds:
+        return text
+    raise ValueError(text)

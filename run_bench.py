@@ -1,0 +1,328 @@
+"""Compare sparse attention methods: parse -> plan -> run the missing cells -> tables.
+
+python run_bench.py --methods seer,minference --ctx 8k,32k,128k
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Run as a script, this folder would come first on sys.path and its `kernels` would hide the package that transformers imports.
+sys.path[:] = [p for p in sys.path if Path(p or os.curdir).resolve() != Path(__file__).resolve().parent]
+
+import torch
+from tqdm import tqdm
+
+from sparsebench.methods import METHODS, Method
+from sparsebench.methods.spec import label, nearest, parse_methods
+from sparsebench.models import zoo
+from sparsebench.models.attach import attach
+from sparsebench.models.calibrate import calibrate, capture_layers
+from sparsebench.results import Store, provenance, report, tables
+from sparsebench.suites import SUITES, Cell
+from sparsebench.suites.base import NotApplicable
+from sparsebench.suites.corpora import check_corpus, read_documents, token_windows
+
+DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
+DEFAULT_SUITES = "perplexity,fidelity,speed"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One cell of the plan, with what is needed to run it."""
+
+    cell: Cell
+    method: Method
+    skip: str = ""  # why it cannot apply
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 all cells done or skipped, 1 some failed, 2 bad input (nothing written), 130 interrupted."""
+    try:
+        args = parse(argv)
+        if args.list:
+            print(listing())
+            return 0
+        jobs = plan(args)
+        if args.plan:
+            print("\n".join(describe(job) for job in jobs))
+            return 0
+        with Store(args.out, overwrite=args.overwrite) as store:
+            status = 0
+            try:
+                status = run(jobs, store, args)
+            except KeyboardInterrupt:
+                print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+                status = 130
+            store.export()
+            frame = store.frame()
+            report.write(frame, store.folder)
+    except ValueError as error:
+        print(f"run_bench: {error}", file=sys.stderr)
+        return 2
+    print(tables.print_table(frame[frame["key"].isin({job.cell.key for job in jobs})]))
+    print(f"\nresults.csv, leaderboard.csv, plots and report.html are in {args.out}")
+    return status
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run_bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = functools.partial(parser.add_argument, nargs="+")
+    words("--methods", default=[DEFAULT_METHODS], help="names, or NAME:field=value,field=value")
+    words("--ctx", default=["1k,2k"], help="context lengths in tokens; 8k = 8192")
+    words("--models", default=["smollm2-135m"], help="embedded names, local folders or hub ids")
+    words("--suites", default=[DEFAULT_SUITES])
+    words("--corpus", default=["pydoc"], help="pydoc, pg19, proof_pile, file:PATH or a hub data set")
+    words("--density", default=[], help="targets: each method's knob is turned to them on other text")
+    parser.add_argument("--limit", type=int, default=None, help="documents a cell (2 on a CPU, 10 on a GPU)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="runs/default", help="folder of the results; finished cells in it are not run again")
+    parser.add_argument("--plugin", default=None, help="Python file that registers methods of your own")
+    parser.add_argument("--plan", action="store_true", help="print the cells and run nothing")
+    parser.add_argument("--list", action="store_true", help="print methods, suites and models")
+    parser.add_argument("--overwrite", action="store_true", help="run finished cells again")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    args.limit = args.limit or (2 if args.device == "cpu" else 10)
+    args.dtype = DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
+    return args
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """All cells of the command, those that share a model and a text side by side. Raises: ValueError for bad input."""
+    plugin = load_plugin(args.plugin) if args.plugin else set()
+    methods = parse_methods(" ".join(args.methods))
+    suites = _words(args.suites)
+    for name in suites:
+        if name not in SUITES:
+            raise ValueError(f"unknown suite {name!r}; {nearest(name, SUITES)}")
+    contexts = [parse_ctx(word) for word in _words(args.ctx)]
+    densities: list[float | None] = [parse_density(word) for word in _words(args.density)] or [None]
+    corpora, models = _words(args.corpus), _words(args.models)
+    for corpus in corpora:
+        check_corpus(corpus)
+    for model in models:
+        zoo.describe(model)
+    if not methods or not contexts or not suites or not models:
+        raise ValueError("nothing to run: --methods, --ctx, --suites and --models each need at least one value")
+    baseline = [] if any(m.name == "dense" for m in methods) else [METHODS["dense"]()]
+    jobs = []
+    for suite, model in _runs(suites, models):
+        for task in corpora if SUITES[suite].needs_model else ["attention"]:
+            for ctx_len in contexts:
+                for density in densities:
+                    for method in (baseline if suite == "perplexity" else []) + methods:
+                        jobs.append(make_job(args, suite, model, task, ctx_len, density, method, plugin))
+    return list({job.cell.key: job for job in jobs}.values())
+
+
+def _runs(suites: list[str], models: list[str]) -> Iterator[tuple[str, str]]:
+    for model in models:
+        yield from ((suite, model) for suite in suites if SUITES[suite].needs_model)
+    yield from ((suite, "llama-3.1-8b-shape") for suite in suites if not SUITES[suite].needs_model)
+
+
+def make_job(
+    args: argparse.Namespace, suite_name: str, model: str, task: str, ctx_len: int, density: float | None, method: Method,
+    plugin: set[str],
+) -> Job:  # fmt: skip
+    suite = SUITES[suite_name]
+    if method.knob is None:
+        density = None  # fixed by the method's definition; the row's measured density says what it is
+    params = method.params() | ({"plugin": _digest(args.plugin)} if method.name in plugin else {})
+    cell = Cell(
+        model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
+        suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=args.limit if suite.needs_model else None,
+        seed=args.seed, dtype=args.dtype if suite.needs_model else "bfloat16",
+        device=device_name(args.device) if suite.needs_gpu else "",
+        inputs=_digest(task.removeprefix("file:")) if task.startswith("file:") else "",
+    )  # fmt: skip
+    skip = ""
+    longest = zoo.describe(model)[0] if suite.needs_model else None
+    if suite.needs_gpu and args.device == "cpu":
+        skip = "needs a CUDA device: a time taken on a CPU says nothing about these kernels"
+    elif longest is not None and ctx_len > longest:
+        skip = f"{model} is limited to {longest} tokens"
+    elif "prefill" not in method.phases:
+        skip = f"{method.name} is a decode method and {suite_name} only prefills"
+    return Job(cell, method, skip)
+
+
+def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
+    """Run the cells that are not done; one that raises becomes a failure row and the run goes on."""
+    facts = provenance() | gpu_facts(args.device)
+    failed = 0
+    todo = [job for job in jobs if not store.done(job.cell)]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} cells are done already")
+    for job in tqdm(todo, desc="cells", unit="cell"):
+        if job.skip:
+            store.write(job.cell, [], facts | {"label": label(job.method)}, status="skipped", reason=job.skip)
+            continue
+        start = time.perf_counter()
+        about: dict[str, Any] = {"label": label(job.method), "note": job.method.note}
+        try:
+            torch.manual_seed(job.cell.seed)
+            scores, density, spread, extra = run_cell(job, args)
+            about |= extra | {"wall_s": time.perf_counter() - start}
+            status, reason = store.write(job.cell, scores, facts | about, density, density_range=spread), "not finite"
+        except NotApplicable as error:
+            status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error)), ""
+        except Exception as error:  # whatever a cell raises is its result; the others must still run
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            status = store.write(job.cell, [], facts | about, status="failed", reason=reason)
+        if status == "failed":
+            failed += 1
+            tqdm.write(f"FAILED {describe(job)}: {reason}")
+    return 1 if failed else 0
+
+
+def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tuple[float, float] | None, dict[str, Any]]:
+    """Scores, measured density, its range over layers and heads, and facts for the row."""
+    cell, suite = job.cell, SUITES[job.cell.suite]()
+    if not suite.needs_model:
+        scores = list(suite.run(None, cell))
+        measured = [score.value for score in scores if score.metric == "density"]
+        return scores, measured[0] if measured else None, None, suite.notes
+    loaded = load_model(cell.model, cell.dtype, args.device)
+    method, facts = job.method, {}
+    if cell.density is not None and method.knob is not None:
+        source = calibration_corpus(cell.task)
+        layers = captured(loaded, source, cell.ctx_len)
+        method = calibrate(method, cell.density, layers, lambda m: m.prepare(loaded.spec))
+        facts = {"knob": f"{method.knob}={getattr(method, method.knob):.6g}", "calibrated_on": f"{source} (train)"}
+    else:
+        method = method.prepare(loaded.spec)
+    facts["note"] = method.note
+    if not suite.attached:
+        scores = list(suite.run(loaded, dataclasses.replace(cell, params=method.params())))
+        ran = torch.tensor([score.value for score in scores if score.metric == "density"])
+        return scores, float(ran.mean()), (float(ran.min()), float(ran.max())), facts | suite.notes
+    with attach(loaded.model, method) as trace:
+        scores = list(suite.run(loaded, cell))
+    facts |= {"kernel": trace.impl, "dense_phases": " ".join(sorted(trace.dense_phases))}
+    return scores, trace.mean_density, (float(trace.density.min()), float(trace.density.max())), facts | suite.notes
+
+
+@functools.lru_cache(maxsize=1)
+def load_model(name: str, dtype: str, device: str) -> zoo.LoadedModel:
+    return zoo.load(name, dtype=getattr(torch, dtype), device=device)
+
+
+@functools.lru_cache(maxsize=1)
+def captured(loaded: zoo.LoadedModel, source: str, ctx_len: int) -> list:
+    return capture_layers(loaded.model, token_windows(loaded.tokenizer, source, "train", ctx_len, 1).ids[0][1])
+
+
+@functools.lru_cache
+def calibration_corpus(corpus: str) -> str:
+    """The corpus itself when it has training documents apart from those evaluated, else the embedded one."""
+    if corpus.startswith("file:"):
+        try:
+            train = {document.text for document in read_documents(corpus, "train")}
+        except ValueError:
+            return "pydoc"
+        if any(document.text in train for document in read_documents(corpus, "eval")):
+            return "pydoc"
+    return corpus
+
+
+def load_plugin(path: str) -> set[str]:
+    """Run a Python file that registers methods; returns their names."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such plug-in file: {path}")
+    before = set(METHODS)
+    spec = importlib.util.spec_from_file_location(f"sparsebench_plugin_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"a plug-in is a Python file (.py), got {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"plug-in {path}: {type(error).__name__}: {error}") from error
+    if set(METHODS) == before:
+        raise ValueError(f"plug-in {path} registers no method: put @register above a Method")
+    return set(METHODS) - before
+
+
+def parse_ctx(word: str) -> int:
+    match = re.fullmatch(r"(\d+)([km]?)", word.lower())
+    value = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]] if match else 0
+    if value < 2:
+        raise ValueError(f"--ctx takes lengths such as 512, 8k or 1m, got {word!r}")
+    return value
+
+
+def parse_density(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"--density takes numbers in (0, 1], got {word!r}")
+    return value
+
+
+def _words(parts: list[str]) -> list[str]:
+    return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", " ".join(parts)))))
+
+
+@functools.lru_cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def gpu_facts(device: str) -> dict[str, Any]:
+    if device == "cpu":
+        return {"gpu": None, "driver": None}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        driver = None
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+
+
+def describe(job: Job) -> str:
+    cell = job.cell
+    density = "" if cell.density is None else f" density {cell.density:g}"
+    skip = f"  (skipped: {job.skip})" if job.skip else ""
+    return f"{cell.suite} {cell.model} {cell.task} ctx {cell.ctx_len}{density} {label(job.method)}{skip}"
+
+
+def listing() -> str:
+    def first_line(cls: type) -> str:
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    lines = ["methods:", *(f"  {name:14} {first_line(cls)}" for name, cls in sorted(METHODS.items()))]
+    lines += ["suites:", *(f"  {name:14} {first_line(cls)}" for name, cls in sorted(SUITES.items()))]
+    return "\n".join([*lines, "models:", *(f"  {name:14} {zoo.describe(name)[1]}" for name in zoo.MODELS)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

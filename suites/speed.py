@@ -1,0 +1,164 @@
+"""Speed of one attention layer at Llama-3.1-8B's shape: selection, attention, and the dense kernels in the same run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..kernels import BlockMask, block_sparse_attention
+from ..kernels.block_sparse_attention import block_sparse_attention_reference
+from ..methods.base import LayerContext, Method, ModelSpec, dense_mask, plain_rope
+from ..methods.spec import build
+from ..models.calibrate import calibrate
+from .base import Cell, Score, Suite, register_suite
+
+SHAPE = ModelSpec("llama-3.1-8b-shape", layers=1, heads=32, kv_heads=8, head_dim=128)
+ROPE_THETA = 500_000.0
+BUDGET_MS = 1500.0  # of measuring per operation
+MOST_ERROR = 1e-2  # relative, bf16 operands; a wrong kernel gets no time
+
+
+@register_suite
+class Speed(Suite):
+    """Median, 20th and 80th percentile of device-event times in ms on random q, k, v, B = 1, causal, bf16.
+
+    total = the method end to end as a user calls it; select and attend are its two halves timed alone. fa2, cudnn and flex
+    (FlexAttention over the same BlockMask) are timed on the same inputs in the same cell. tflops counts 4 D per selected pair.
+    A method's output is checked against the reference on three query blocks before anything is timed.
+    """
+
+    name = "speed"
+    attached = False
+    needs_model = False
+    needs_gpu = True
+
+    def run(self, model: Any, cell: Cell) -> Iterator[Score]:
+        method = build(cell.method, json.loads(cell.params))
+        q, k, v, ctx = _inputs(cell)
+        if cell.density is None:
+            method = method.synthetic(SHAPE, cell.seed)
+        else:
+            method = calibrate(method, cell.density, [(q, k, ctx)], lambda m: m.synthetic(SHAPE, cell.seed))
+        self.notes |= {"note": method.note, "kernel": "triton"} if method.note else {"kernel": "triton"}
+        for metric, value, unit in _measure(method, q, k, v, ctx):
+            yield Score(cell.task, SHAPE.name, metric, value, unit)
+        if ctx.mask is not None:
+            try:
+                flex = _flex(q, k, v, ctx.mask)
+                for metric, value, unit in _timed("flex_ms", flex):
+                    yield Score(cell.task, SHAPE.name, metric, value, unit)
+            except Exception as error:  # a baseline that cannot run this mask is a blank with its reason, not a failure of ours
+                self.notes["flex"] = f"not timed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def _inputs(cell: Cell) -> tuple[Tensor, Tensor, Tensor, LayerContext]:
+    device, dtype = torch.device("cuda"), getattr(torch, cell.dtype)
+    generator = torch.Generator(device).manual_seed(cell.seed)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(1, heads, cell.ctx_len, SHAPE.head_dim, device=device, dtype=dtype, generator=generator)
+
+    q, k, v = draw(SHAPE.heads), draw(SHAPE.kv_heads), draw(SHAPE.kv_heads)
+    positions = torch.arange(cell.ctx_len, device=device)
+    # Independent normal channels stay so under RoPE: q and k serve as their own pre-RoPE tensors, which a model has for free.
+    ctx = LayerContext(
+        0, "prefill", SHAPE.head_dim**-0.5, v, positions, rope=plain_rope(ROPE_THETA), q=q, k=k, _q_pre=q, _k_pre=k
+    )
+    return q, k, v, ctx
+
+
+def _measure(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Iterator[tuple[str, float, str]]:
+    selects = type(method).attend is Method.attend
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = method.attend(q, k, v, ctx)
+    torch.cuda.synchronize()
+    yield "peak_mb", (torch.cuda.max_memory_allocated() - before) / 2**20, "MiB"
+    mask = ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
+    error = sampled_error(out, q, k, v, mask, ctx.scale)
+    if not error < MOST_ERROR:
+        raise ValueError(f"{method.name}: output differs from the reference by {error:.2e} (relative), nothing was timed")
+    yield "error_vs_reference", error, "ratio"
+    yield "density", float(mask.density().mean()), "ratio"
+    del out
+
+    def run_method() -> None:
+        ctx.state.clear()
+        method.attend(q, k, v, ctx)
+
+    total = yield from _timed("total_ms", run_method)
+    if selects:
+        yield from _timed("select_ms", lambda: (ctx.state.clear(), method.select(q, k, ctx)))
+        yield from _timed("attend_ms", lambda: block_sparse_attention(q, k, v, mask, scale=ctx.scale))
+    pairs = int(mask.pairs().sum()) * q.shape[1] // mask.kv_num_blocks.shape[1]
+    yield "tflops", 4 * q.shape[3] * pairs / total / 1e9, "TFLOP/s"
+    for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            yield from _timed(f"{name}_ms", lambda: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True))  # fmt: skip
+
+
+def _timed(metric: str, run: Callable[[], Any]) -> Generator[tuple[str, float, str], None, float]:
+    """Yields metric, _p20 and _p80; the median is also the generator's return value."""
+    times = event_times(run)
+    low, median, high = (float(times.quantile(p)) for p in (0.2, 0.5, 0.8))
+    yield metric, median, "ms"
+    yield metric.replace("_ms", "_p20_ms"), low, "ms"
+    yield metric.replace("_ms", "_p80_ms"), high, "ms"
+    return median
+
+
+def event_times(run: Callable[[], Any]) -> Tensor:
+    """Times of single calls in ms, fp64; 3 to 100 of them after warm-up, the L2 cache flushed in between."""
+    run()
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    estimate = max(start.elapsed_time(end), 1e-3)
+    repeats = int(min(max(BUDGET_MS / estimate, 3), 100))
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    for _ in range(min(repeats, 10)):
+        run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return torch.tensor([start.elapsed_time(end) for start, end in events], dtype=torch.float64)
+
+
+def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> float:
+    """||out - reference|| / ||reference|| over the first, middle and last query block; NaN counts as infinite."""
+    difference = norm = torch.zeros((), dtype=torch.float64, device=q.device)
+    rows = mask.kv_num_blocks.shape[2]
+    for r in {0, rows // 2, rows - 1}:
+        first, end = r * mask.q_block, min((r + 1) * mask.q_block, q.shape[2])
+        kv_end = mask.kv_len - mask.q_len + end
+        one = BlockMask(
+            mask.kv_num_blocks[:, :, r : r + 1], mask.kv_indices[:, :, r : r + 1], end - first, kv_end, mask.q_block,
+            mask.kv_block, None if mask.column_indices is None else mask.column_indices[:, :, r : r + 1],
+            None if mask.column_num is None else mask.column_num[:, :, r : r + 1], mask.kv_step, mask.window, mask.sink,
+            max(0, mask.last - (mask.kv_len - kv_end)),
+        )  # fmt: skip
+        expected, _ = block_sparse_attention_reference(q[:, :, first:end], k[:, :, :kv_end], v[:, :, :kv_end], one, scale)
+        difference = difference + (out[:, :, first:end].double() - expected.double()).square().sum()
+        norm = norm + expected.double().square().sum()
+    return float((difference / norm).sqrt().nan_to_num(nan=float("inf")))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled, flex_mask = torch.compile(flex_attention), mask.to_flex()
+    options = {"BLOCK_M": min(mask.q_block, 128), "BLOCK_N": min(mask.kv_block, 128)}
+    return lambda: compiled(q, k, v, block_mask=flex_mask, enable_gqa=True, kernel_options=options)
