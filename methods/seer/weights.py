@@ -23,6 +23,7 @@ from .gate import AttnGate
 SHIPPED = Path(__file__).parent / "gates"
 WEIGHT_NAME = "model.layers.{layer}.self_attn.attn_gate.{map}.weight"
 WEIGHT_PATTERN = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.attn_gate\.(mask_linear_[qk]\.weight)$")
+TRAINING_KEYS = {"data", "tokens", "ctx_len"}  # of config["training"], what a result's note tells
 CONFIG_KEYS = {
     # config.json: AttnGate's argument; the last is ours, the others are the authors'
     "seerattn_gate_type": "gate_type",
@@ -115,7 +116,9 @@ def load_gates(path: str | Path, model: ModelSpec, *, source: str | None = None)
             raise ValueError(f"gate {path} does not fit {model.name}: layer {layer} has {found}, the model needs {wanted}")
         gates.append(AttnGate(**gate.options()))
         gates[-1].load_state_dict(weights)
-    return LayerGates(gates, source, f"gate trained on {config['training']}" if "training" in config else "")
+    known = TRAINING_KEYS <= set(config.get("training", ()))
+    note = "gate trained on {data}, {tokens} tokens in sequences of {ctx_len}".format(**config["training"]) if known else ""
+    return LayerGates(gates, source, note)
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path]:
@@ -146,7 +149,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def save_gates(folder: Path, gates: Sequence[AttnGate], model: ModelSpec, training: dict, dtype=torch.bfloat16) -> None:
-    """Write gate.safetensors (in `dtype`) and config.json (official keys, the model's name and how it was trained)."""
+    """Write gate.safetensors (in `dtype`) and config.json: official keys, the model's name and how the gates were trained
+    (training: empty, or with data, tokens and ctx_len, of which results make a note)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         WEIGHT_NAME.format(layer=layer, map=name.removesuffix(".weight")): weight.detach().to("cpu", dtype).contiguous()

@@ -264,7 +264,7 @@ def rounded(gate):
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "pth"])
 def test_saved_gates_load_back(tmp_path, layout):
     gates = two_gates()
-    save_gates(tmp_path, gates, SPEC, {"data": "x.txt"})
+    save_gates(tmp_path, gates, SPEC, {"data": "x.txt", "tokens": 5, "ctx_len": 1})
     path = tmp_path / "gate.safetensors" if layout == "safetensors" else tmp_path
     if layout == "pth":
         state = {f"model.layers.{i}.self_attn.attn_gate.{n}": w for i, g in enumerate(gates) for n, w in rounded(g).items()}
