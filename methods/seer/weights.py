@@ -116,7 +116,7 @@ def load_gates(path: str | Path, model: ModelSpec, *, source: str | None = None)
             raise ValueError(f"gate {path} does not fit {model.name}: layer {layer} has {found}, the model needs {wanted}")
         gates.append(AttnGate(**gate.options()))
         gates[-1].load_state_dict(weights)
-    known = TRAINING_KEYS <= set(config.get("training", ()))
+    known = set(config.get("training", ())) >= TRAINING_KEYS
     note = "gate trained on {data}, {tokens} tokens in sequences of {ctx_len}".format(**config["training"]) if known else ""
     return LayerGates(gates, source, note)
 
