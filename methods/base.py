@@ -171,15 +171,19 @@ def block_pairs(q_len: int, kv_len: int, q_block: int, kv_block: int, device=Non
     return pairs_up_to((start + kv_block).clamp(max=kv_len)) - pairs_up_to(start)
 
 
-def keep_top(scores: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, density: float) -> BlockMask:
+def keep_top(
+    scores: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, density: float, across_rows: bool = False
+) -> BlockMask:
     """BlockMask of the best-scored causal blocks of every row, exact about density and without a sync.
 
-    Every row keeps at least one block and about `density` of its visible pairs; a head's total is within half a block of
-    `density` of its visible pairs, unless one block a row is more already. A row with a cheap block on the diagonal thus
-    gets more blocks than one without. Masks nest: a higher density only adds blocks. Ties go to the earlier block.
+    Every row keeps at least one block; a head's total is within half a block of `density` of its visible pairs, unless one
+    block a row is more already. Every row keeps about `density` of its visible pairs, so one with a cheap block on the
+    diagonal gets more blocks than one without; with `across_rows` instead the pairs go where a pair brings the highest
+    score, whatever the row. Masks nest: a higher density only adds blocks. Ties go to the earlier block.
 
     Args:
         scores: [B, H, NQ, NK], NaN counts as -inf; lengths and blocks in tokens; density in (0, 1].
+        across_rows: scores are amounts (mass), comparable between rows.
     Raises: ValueError for another shape.
     """
     pairs = block_pairs(q_len, kv_len, q_block, kv_block, scores.device)
@@ -192,18 +196,21 @@ def keep_top(scores: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: in
         scores = _seen_first(scores, offset, q_block, kv_block)
     # No row needs more: it takes its share of pairs, the half block of every row by which rounding may raise the share,
     # and the blocks at the diagonal that are smaller than they look.
-    width = math.ceil(density * pairs.shape[1]) + 3 + -(-q_block // kv_block)
+    width = pairs.shape[1] if across_rows else math.ceil(density * pairs.shape[1]) + 3 + -(-q_block // kv_block)
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
     gain = pairs.expand(scores.shape).gather(-1, order)
-    # A row's n-th block falls due at the share of pairs that it brings the row nearest to; blocks are taken as they fall due.
-    due = (gain.cumsum(-1) - gain / 2) / pairs.sum(-1, keepdim=True)
+    # Blocks are taken as they fall due, a row's in the order of their scores.
+    if across_rows:
+        due = -(scores.gather(-1, order) / gain).cummin(-1).values
+    else:  # a row's n-th block at the share of pairs that it brings the row nearest to
+        due = (gain.cumsum(-1) - gain / 2) / pairs.sum(-1, keepdim=True)
     due = due.float().masked_fill(gain == 0, float("inf"))
-    due[..., 0] = -1.0
+    due[..., 0] = float("-inf")
     sequence = due.flatten(-2).sort(dim=-1, stable=True)
     taken = gain.flatten(-2).gather(-1, sequence.indices)
     target = density * (q_len * offset + q_len * (q_len + 1) // 2)
     within = 2 * taken.cumsum(-1) - taken <= int(2 * target)  # in integers: fp32 cannot count the pairs of 8k tokens
-    taken = within & sequence.values.isfinite() | (sequence.values < 0)
+    taken = within & sequence.values.isfinite() | (sequence.values == float("-inf"))
     kept = torch.zeros_like(taken).scatter_(-1, sequence.indices, taken).view(gain.shape)
     index = order.masked_fill(~kept, pairs.shape[1]).sort(dim=-1).values.to(torch.int32)
     return BlockMask(kept.sum(-1, dtype=torch.int32), index, q_len, kv_len, q_block, kv_block, trusted=True)

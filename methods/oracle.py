@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
-from .base import LayerContext, Method, check_fields, register
+from .base import LayerContext, Method, check_fields, keep_top, register
 
 
 @register
@@ -15,8 +16,10 @@ from .base import LayerContext, Method, check_fields, register
 class Oracle(Method):
     """The top blocks of every row by exact softmax mass, or by the largest probability in the block.
 
-    Computes the dense attention map to select from it, so it says nothing about speed. by="max" is the teacher that
-    SeerAttention distils (arXiv 2410.13276, section 3.2). The diagonal is kept only when it earns its place.
+    How many a row gets: as many as keep the most mass (or probability) of the whole head for its pairs, so that no other
+    selection of whole blocks with as many pairs a head has a higher recall, up to one block. Computes the dense attention
+    map to select from it, so it says nothing about speed. by="max" is the teacher that SeerAttention distils
+    (arXiv 2410.13276, section 3.2). The diagonal is kept only when it earns its place.
     """
 
     name = "oracle"
@@ -32,5 +35,6 @@ class Oracle(Method):
         if self.by not in ("mass", "max"):
             raise ValueError(f"oracle:by={self.by} is neither mass nor max")
 
-    def score(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
-        return block_mass(q, k, ctx.scale, self.block, self.block, self.by)
+    def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
+        scores = block_mass(q, k, ctx.scale, self.block, self.block, self.by)
+        return keep_top(scores, q.shape[2], k.shape[2], self.block, self.block, self.density, across_rows=True)
