@@ -6,11 +6,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mask import BlockMask
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
+L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while all heads take turns
 
 
 def resolve_impl(impl: str, q: Tensor) -> str:
@@ -81,65 +83,61 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
 
 def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """The definition in torch, one query block at a time; computes in fp32, or in fp64 for fp64 inputs."""
-    batch, heads, q_len, _ = q.shape
+    batch, heads, q_len, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group, mask_group = heads // k.shape[1], heads // mask.kv_num_blocks.shape[1]
-    b = torch.arange(batch, device=q.device)[:, None, None]
-    kv_head = (torch.arange(heads, device=q.device) // group)[None, :, None]
+    mask_group = heads // mask.kv_num_blocks.shape[1]
+    given, q, k, v = q.dtype, q.to(dtype) * scale, k.to(dtype).reshape(-1, dim), v.to(dtype).reshape(-1, dim)
+    kv_heads = k.shape[0] // (batch * mask.kv_len)
+    kv_head = (
+        torch.arange(heads, device=q.device) // (heads // kv_heads) + kv_heads * torch.arange(batch, device=q.device)[:, None]
+    )
+    token0 = kv_head[..., None] * mask.kv_len  # where a head's keys start among the rows of k and v, [B, H, 1]
 
     def per_head(x: Tensor) -> Tensor:
         return x.repeat_interleave(mask_group, dim=1).expand(batch, *[-1] * (x.ndim - 1))
 
-    num, index = per_head(mask.kv_num_blocks), per_head(mask.kv_indices).long() * mask.step
+    num, index = per_head(mask.kv_num_blocks), per_head(mask.kv_indices)
     if mask.column_indices is not None:
         assert mask.column_num is not None
-        column_num, column_index = per_head(mask.column_num), per_head(mask.column_indices).long()
+        column_num, column_index = per_head(mask.column_num), per_head(mask.column_indices)
+    in_block = torch.arange(mask.kv_block, device=q.device)
     out, lse = [], []
     for r, q0 in enumerate(range(0, q_len, mask.q_block)):
-        q1 = min(q0 + mask.q_block, q_len)
+        i = torch.arange(q0, min(q0 + mask.q_block, q_len), device=q.device)[:, None] + mask.kv_len - q_len
         width = max(int(num[:, :, r].max()), 1)
-        first = index[:, :, r, :width]
         listed = torch.arange(width, device=q.device) < num[:, :, r, None]
-        keys = (first[..., None] + torch.arange(mask.kv_block, device=q.device)).flatten(-2)
-        valid = listed.repeat_interleave(mask.kv_block, dim=-1)
+        keys = (index[:, :, r, :width].long() * mask.step)[..., None] + in_block
+        keys = keys.where(listed[..., None], mask.kv_len).flatten(-2)  # padding becomes a key after the last
         if mask.column_indices is not None:
             columns = int(column_num[:, :, r].max())
-            keys = torch.cat([keys, column_index[:, :, r, :columns]], dim=-1)
-            valid = torch.cat([valid, torch.arange(columns, device=q.device) < column_num[:, :, r, None]], dim=-1)
-        valid = valid & (keys < mask.kv_len)
-        keys = keys.where(valid, keys.where(valid, mask.kv_len).amin(-1, keepdim=True))  # padding re-reads a listed key
-        i = torch.arange(q0, q1, device=q.device)[:, None] + mask.kv_len - q_len
-        seen = valid[:, :, None, :] & (keys[:, :, None, :] <= i)
+            listed = torch.arange(columns, device=q.device) < column_num[:, :, r, None]
+            keys = torch.cat([keys, column_index[:, :, r, :columns].long().where(listed, mask.kv_len)], dim=-1)
+        real = keys < mask.kv_len
+        rows = (token0 + keys.where(real, keys.amin(-1, keepdim=True))).flatten()  # padding re-reads a listed key
+        logits = q[:, :, q0 : q0 + len(i)] @ k.index_select(0, rows).view(batch, heads, -1, dim).transpose(-1, -2)
+        # Most keys lie before every query of the row: only what comes from the first later one on needs a mask.
+        masked_from = 0 if mask.window is not None else int((keys <= i[0]).all(0).all(0).cumprod(0).sum())
+        j = keys[:, :, None, masked_from:]
+        hidden = j > i
         if mask.window is not None:
-            j = keys[:, :, None, :]
-            seen &= (i - j < mask.window) | (j < mask.sink) | (i >= mask.kv_len - mask.last)
-        logits = q[:, :, q0:q1].to(dtype) @ k[b, kv_head, keys].to(dtype).transpose(-1, -2) * scale
-        logits = logits.masked_fill(~seen, float("-inf"))
-        lse.append(logits.logsumexp(-1))
-        out.append(logits.softmax(-1) @ v[b, kv_head, keys].to(dtype))
-    return torch.cat(out, dim=2).to(q.dtype), torch.cat(lse, dim=2)
+            hidden |= (i - j >= mask.window) & (j >= mask.sink) & (i < mask.kv_len - mask.last)
+        logits[..., masked_from:].masked_fill_(hidden, float("-inf"))
+        top = logits.detach().amax(-1, keepdim=True)
+        p = logits.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        out.append(p @ v.index_select(0, rows).view(batch, heads, -1, dim) / total)
+        lse.append((top + total.log()).squeeze(-1))
+    return torch.cat(out, dim=2).to(given), torch.cat(lse, dim=2)
 
 
 @triton.jit
 def _attend_tile(
-    b_q, b_acc, b_m, b_l, p_k, p_v, o_key, m_key, o_row, scale_log2, kv_len,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_acc, b_m, b_l, b_k, b_v, o_key, m_key, o_row, scale_log2, kv_len,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys o_key [BN]. Only MASKED tiles look at causality and at m_key [BN]."""
-    o_d = tl.arange(0, BD)
-    # [BD, BN] and [BN, BD]
-    if MASKED:
-        b_k = tl.load(p_k, mask=m_key[None, :] & (o_d < D)[:, None], other=0.0)
-        b_v = tl.load(p_v, mask=m_key[:, None] & (o_d < D)[None, :], other=0.0)
-    elif BD != D:
-        b_k = tl.load(p_k, mask=(o_d < D)[:, None], other=0.0)
-        b_v = tl.load(p_v, mask=(o_d < D)[None, :], other=0.0)
-    else:
-        b_k = tl.load(p_k)
-        b_v = tl.load(p_v)
     # [BM, BN]
-    b_s = tl.dot(b_q, b_k, input_precision=PRECISION)
+    b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
     if MASKED:
         seen = m_key[None, :] & (o_key[None, :] <= o_row[:, None])
         if WINDOW >= 0:
@@ -161,13 +159,13 @@ def _attend_tile(
 
 @triton.jit
 def block_sparse_attention_fwd_kernel(
-    q, k, v, o, lse, kv_num, kv_index, column_num, column_index,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh, stride_om,
+    q, k, v, k_box, v_box, o, lse, kv_num, kv_index, column_num, column_index,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, edge_tiles, together, scale_log2,
-    STRIDE_KN: tl.constexpr, STRIDE_VN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, KV_STEP: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STORE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM query rows of one head. The tiles that may cross the diagonal come before the pipelined loop.
 
@@ -175,19 +173,19 @@ def block_sparse_attention_fwd_kernel(
     its end: first the edge_tiles last tiles with masks, then the rest, which every row of the program sees whole.
     Their count is no constant: LLVM unrolls a loop of known length, and C7515 comes back.
     `together` neighbouring heads take turns, so that programs which run at the same time share their part of K and V.
+    Blocks are fetched through tensor descriptors (k_box, v_box: the copy engine on Hopper), single columns through pointers.
     """
     i_tile = tl.num_programs(0) // together - 1 - tl.program_id(0) // together  # long rows first
     i_bh = tl.program_id(1) * together + tl.program_id(0) % together
     i_b = (i_bh // heads).to(tl.int64)
     i_h = (i_bh % heads).to(tl.int64)
+    i_kv = i_h // group
     i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * rows + i_tile * BM // Q_BLOCK
     kv_index += i_mask * width
     SPLIT: tl.constexpr = KV_BLOCK // BN
     tiles = tl.load(kv_num + i_mask) * SPLIT
     i_next = tl.load(kv_index, mask=tiles > 0, other=0)
     q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + (i_h // group) * stride_kh
-    v += i_b * stride_vb + (i_h // group) * stride_vh
     o += i_b * stride_ob + i_h * stride_oh
 
     o_m = i_tile * BM + tl.arange(0, BM)
@@ -200,37 +198,55 @@ def block_sparse_attention_fwd_kernel(
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
-    # [BD, BN] and [BN, BD] from key 0: with constant strides a tile costs one 64-bit scalar, not one address per element
-    p_k = k + o_d[:, None] + o_n[None, :] * STRIDE_KN
-    p_v = v + o_n[:, None] * STRIDE_VN + o_d[None, :]
 
     if HAS_COLUMNS:
         listed = tl.load(column_num + i_mask)
         for c in range(0, listed, BN):
             m_key = c + o_n < listed
             o_key = tl.load(column_index + i_mask * columns + c + o_n, mask=m_key, other=0)
-            o_far = o_key.to(tl.int64)
+            m_tile = m_key[:, None] & (o_d < D)[None, :]
+            p_k = k + i_b * stride_kb + i_kv * stride_kh + o_key[:, None].to(tl.int64) * stride_kn + o_d[None, :]
+            p_v = v + i_b * stride_vb + i_kv * stride_vh + o_key[:, None].to(tl.int64) * stride_vn + o_d[None, :]
+            # [BN, BD]
+            b_k = tl.load(p_k, mask=m_tile, other=0.0)
+            b_v = tl.load(p_v, mask=m_tile, other=0.0)
             b_acc, b_m, b_l = _attend_tile(
-                b_q, b_acc, b_m, b_l, k + o_d[:, None] + o_far[None, :] * STRIDE_KN,
-                v + o_far[:, None] * STRIDE_VN + o_d[None, :], o_key, m_key, o_row, scale_log2, kv_len,
-                WINDOW, SINK, LAST, D, BD, True, PRECISION,
-            )  # fmt: skip
+                b_q, b_acc, b_m, b_l, b_k, b_v, o_key, m_key, o_row, scale_log2, kv_len, WINDOW, SINK, LAST, True, PRECISION
+            )
     for i in range(0, tl.minimum(tiles, edge_tiles)):
         t = tiles - 1 - i
         first = tl.load(kv_index + t // SPLIT) * KV_STEP + t % SPLIT * BN
         o_key = first + o_n
+        b_k = k_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
+        b_v = v_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
         b_acc, b_m, b_l = _attend_tile(
-            b_q, b_acc, b_m, b_l, p_k + first.to(tl.int64) * STRIDE_KN, p_v + first.to(tl.int64) * STRIDE_VN,
-            o_key, o_key < kv_len, o_row, scale_log2, kv_len, WINDOW, SINK, LAST, D, BD, True, PRECISION,
-        )  # fmt: skip
+            b_q,
+            b_acc,
+            b_m,
+            b_l,
+            b_k,
+            b_v,
+            o_key,
+            o_key < kv_len,
+            o_row,
+            scale_log2,
+            kv_len,
+            WINDOW,
+            SINK,
+            LAST,
+            True,
+            PRECISION,
+        )
     for t in range(0, tiles - edge_tiles):
         first = i_next * KV_STEP + t % SPLIT * BN
         # Read one step early: a load that depends on a load of its own step cannot be pipelined more than one step deep.
         i_next = tl.load(kv_index + (t + 1) // SPLIT)
         o_key = first + o_n
+        b_k = k_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
+        b_v = v_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
         b_acc, b_m, b_l = _attend_tile(
-            b_q, b_acc, b_m, b_l, p_k + first.to(tl.int64) * STRIDE_KN, p_v + first.to(tl.int64) * STRIDE_VN,
-            o_key, o_key < kv_len, o_row, scale_log2, kv_len, WINDOW, SINK, LAST, D, BD, WINDOW >= 0, PRECISION,
+            b_q, b_acc, b_m, b_l, b_k, b_v, o_key, o_key < kv_len, o_row, scale_log2, kv_len,
+            WINDOW, SINK, LAST, WINDOW >= 0, PRECISION,
         )  # fmt: skip
 
     b_o = b_acc / b_l[:, None]
@@ -240,15 +256,30 @@ def block_sparse_attention_fwd_kernel(
         tl.store(lse + i_bh.to(tl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
 
 
-def _launch_options(q: Tensor, kv_heads: int, mask: BlockMask) -> dict:
-    """Tile shape, heads that take turns, warps and stages for q's dtype and head_dim."""
+def _launch_options(q: Tensor, k: Tensor) -> dict:
+    """Tile shape, heads that take turns, warps and stages; measured on an H100 (docs/kernels.md)."""
     if q.dtype == torch.float32:  # exact fp32 products run on the ordinary cores; wider tiles spill registers
         return dict(BM=64, BN=16, together=1, num_warps=8, num_stages=1)
-    if q.shape[-1] > 128:
-        return dict(BM=64, BN=64, together=1, num_warps=8, num_stages=2)
-    if mask.q_block == 128 and mask.kv_block == 128:
-        return dict(BM=128, BN=128, together=1, num_warps=8, num_stages=2)
-    return dict(BM=64, BN=64, together=1, num_warps=4, num_stages=3)
+    heads, kv_len, dim = k.shape[1:]
+    if 2 * heads * kv_len * dim * q.element_size() <= L2_SHARE:
+        together = q.shape[1]
+    else:
+        together = q.shape[1] // heads if kv_len > 8192 else 1
+    if dim > 128:
+        return dict(BM=64, BN=32, together=together, num_warps=4, num_stages=2)
+    return dict(BM=64, BN=64, together=together, num_warps=4, num_stages=3)
+
+
+def _box(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of `rows` neighbouring tokens of one head of x [B, H, L, D], its channels padded to a power of 2."""
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, triton.next_power_of_2(x.shape[-1])])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy, as descriptors need it: channels together, everything else at multiples of 16 bytes."""
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    return x if fits else x.contiguous()
 
 
 def _edge_tiles(mask: BlockMask, BN: int) -> int:
@@ -269,8 +300,8 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
         raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32, got {q.dtype}")
     if mask.q_block not in (64, 128) or mask.kv_block not in (64, 128):
         raise ValueError(f"the Triton kernel supports blocks of 64 and 128, got {mask.q_block} x {mask.kv_block}")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    options = _launch_options(q, k.shape[1], mask)
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    options = _launch_options(q, k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
@@ -280,12 +311,11 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
     together = options.pop("together")
     grid = (triton.cdiv(q_len, options["BM"]) * together, batch * heads // together)
     block_sparse_attention_fwd_kernel[grid](
-        q, k, v, out, lse, num, index, column_num, columns,
-        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3],
+        q, k, v, _box(k, options["BN"]), _box(v, options["BN"]), out, lse, num, index, column_num, columns,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2],
         rows, width, columns.shape[-1], _edge_tiles(mask, options["BN"]), together, scale * LOG2E,
-        STRIDE_KN=k.stride(2), STRIDE_VN=v.stride(2), D=dim, BD=triton.next_power_of_2(dim),
-        Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step, HAS_COLUMNS=mask.column_indices is not None,
+        D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step, HAS_COLUMNS=mask.column_indices is not None,
         WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink, LAST=mask.last, STORE_LSE=store_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
     )  # fmt: skip
