@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
-from .base import LayerContext, Method, check_fields, keep_top, register
+from .base import LayerContext, Method, block_pairs, check_fields, keep_top, register
 
 
 @register
@@ -17,9 +17,12 @@ class Oracle(Method):
     """The top blocks of every row by exact softmax mass, or by the largest probability in the block.
 
     How many a row gets: as many as keep the most mass (or probability) of the whole head for its pairs, so that no other
-    selection of whole blocks with as many pairs a head has a higher recall, up to one block. Computes the dense attention
-    map to select from it, so it says nothing about speed. by="max" is the teacher that SeerAttention distils
-    (arXiv 2410.13276, section 3.2). The diagonal is kept only when it earns its place.
+    selection of whole blocks with as many pairs a head has a higher recall, up to one block. `threshold` instead of
+    `density` keeps, in all heads and layers alike, the blocks whose mass per visible pair exceeds it (and every row's best):
+    the ceiling also of methods that move pairs between heads and layers, as a threshold on a gate's scores does.
+
+    Computes the dense attention map to select from it, so it says nothing about speed. by="max" is the teacher that
+    SeerAttention distils (arXiv 2410.13276, section 3.2). The diagonal is kept only when it earns its place.
     """
 
     name = "oracle"
@@ -29,12 +32,23 @@ class Oracle(Method):
     density: float = 0.1  # share of the causally visible pairs, per head
     by: str = "mass"  # "mass" or "max"
     block: int = 64  # tokens
+    threshold: float | None = None
 
     def __post_init__(self):
-        check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20))
+        check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20), threshold=(0.0, 1.0))
+        if self.threshold is not None:
+            if self.by != "mass":
+                raise ValueError("oracle:threshold is on mass, by=max has none")
+            for name, value in (("knob", "threshold"), ("knob_range", (1.0, 1e-9)), ("knob_log", True)):
+                object.__setattr__(self, name, value)
         if self.by not in ("mass", "max"):
             raise ValueError(f"oracle:by={self.by} is neither mass nor max")
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
         scores = block_mass(q, k, ctx.scale, self.block, self.block, self.by)
+        if self.threshold is not None:
+            pairs = block_pairs(q.shape[2], k.shape[2], self.block, self.block, q.device)
+            kept = scores > self.threshold * pairs
+            kept.scatter_(-1, scores.argmax(-1, keepdim=True), True)
+            return BlockMask.from_dense(kept, q.shape[2], k.shape[2], self.block, self.block)
         return keep_top(scores, q.shape[2], k.shape[2], self.block, self.block, self.density, across_rows=True)

@@ -145,3 +145,17 @@ def test_random_depends_on_seed_layer_and_head_alone():
 def test_refuses_values_out_of_range(name, fields):
     with pytest.raises(ValueError, match=f"{name}:"):
         METHODS[name](**fields)
+
+
+def test_threshold_is_the_ceiling_over_all_heads():
+    """With as many pairs in all heads together, no fixed density a head keeps more mass than one threshold for all."""
+    q, k = torch.randn(1, 4, 640, 16), torch.randn(1, 2, 640, 16)
+    q[:, 1] *= 6  # a head that needs few blocks beside one that needs many
+    by_threshold = sparsebench.select(METHODS["oracle"](threshold=0.003), q, k)
+    density = float(by_threshold.density().mean())
+    by_density = sparsebench.select(METHODS["oracle"](density=density), q, k)
+    assert 0.1 < density < 0.9
+    mass = block_mass(q, k, 16**-0.5, 64, 64)
+    assert abs(float(by_density.density().mean()) - density) < 0.01
+    assert mass[by_threshold.dense()].sum() > 1.005 * mass[by_density.dense()].sum()
+    assert METHODS["oracle"](threshold=0.003).knob == "threshold"
