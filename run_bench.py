@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Run as a script, this folder would come first on sys.path and its `kernels` would hide the package that transformers imports.
 sys.path[:] = [p for p in sys.path if Path(p or os.curdir).resolve() != Path(__file__).resolve().parent]
@@ -29,7 +29,7 @@ from sparsebench.methods import METHODS, Method
 from sparsebench.methods.spec import label, nearest, parse_methods
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
-from sparsebench.models.calibrate import calibrate, capture_layers
+from sparsebench.models.calibrate import calibrate, capture_layers, knob_setting
 from sparsebench.results import Store, provenance, report, tables
 from sparsebench.suites import SUITES, Cell
 from sparsebench.suites.base import NotApplicable
@@ -73,15 +73,21 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"run_bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first cell or in the tables, which the same command makes again
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     print(tables.print_table(frame[frame["key"].isin({job.cell.key for job in jobs})]))
     print(f"\nresults.csv, leaderboard.csv, plots and report.html are in {args.out}")
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # one line, like every other bad input
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run_bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="run_bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = functools.partial(parser.add_argument, nargs="+")
     words("--methods", default=[DEFAULT_METHODS], help="names, or NAME:field=value,field=value")
     words("--ctx", default=["1k,2k"], help="context lengths in tokens; 8k = 8192")
@@ -110,6 +116,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> list[Job]:
     """All cells of the command, those that share a model and a text side by side. Raises: ValueError for bad input."""
+    for cached in (load_model, captured, calibration_corpus, digest, token_windows):
+        cached.cache_clear()  # files may have changed since an earlier command of this process
     plugin = load_plugin(args.plugin) if args.plugin else set()
     methods = parse_methods(" ".join(args.methods))
     suites = _words(args.suites)
@@ -123,8 +131,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         check_corpus(corpus)
     for model in models:
         zoo.describe(model)
-    if not methods or not contexts or not suites or not models:
-        raise ValueError("nothing to run: --methods, --ctx, --suites and --models each need at least one value")
+    if not (methods and contexts and suites and models and corpora):
+        raise ValueError("nothing to run: --methods, --ctx, --suites, --models and --corpus each need at least one value")
     baseline = [] if any(m.name == "dense" for m in methods) else [METHODS["dense"]()]
     jobs = []
     for suite, model in _runs(suites, models):
@@ -149,13 +157,13 @@ def make_job(
     suite = SUITES[suite_name]
     if method.knob is None:
         density = None  # fixed by the method's definition; the row's measured density says what it is
-    params = method.params() | ({"plugin": _digest(args.plugin)} if method.name in plugin else {})
+    params = file_digests(method) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
         model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
         suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=args.limit if suite.needs_model else None,
         seed=args.seed, dtype=args.dtype if suite.needs_model else "bfloat16",
         device=device_name(args.device) if suite.needs_gpu else "",
-        inputs=_digest(task.removeprefix("file:")) if task.startswith("file:") else "",
+        inputs=digest(task.removeprefix("file:")) if task.startswith("file:") else "",
     )  # fmt: skip
     skip = ""
     longest = zoo.describe(model)[0] if suite.needs_model else None
@@ -185,12 +193,12 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
             torch.manual_seed(job.cell.seed)
             scores, density, spread, extra = run_cell(job, args)
             about |= extra | {"wall_s": time.perf_counter() - start}
-            status, reason = store.write(job.cell, scores, facts | about, density, density_range=spread), "not finite"
+            status, reason = store.write(job.cell, scores, facts | about, density, density_range=spread)
         except NotApplicable as error:
-            status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error)), ""
+            status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error))
         except Exception as error:  # whatever a cell raises is its result; the others must still run
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            status = store.write(job.cell, [], facts | about, status="failed", reason=reason)
+            status, reason = store.write(job.cell, [], facts | about, status="failed", reason=reason)
         if status == "failed":
             failed += 1
             tqdm.write(f"FAILED {describe(job)}: {reason}")
@@ -205,12 +213,14 @@ def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tu
         measured = [score.value for score in scores if score.metric == "density"]
         return scores, measured[0] if measured else None, None, suite.notes
     loaded = load_model(cell.model, cell.dtype, args.device)
+    if cell.ctx_len > loaded.max_ctx:  # of a hub model only loading tells
+        raise NotApplicable(f"{cell.model} is limited to {loaded.max_ctx} tokens")
     method, facts = job.method, {}
     if cell.density is not None and method.knob is not None:
         source = calibration_corpus(cell.task)
-        layers = captured(loaded, source, cell.ctx_len)
+        layers = captured(cell.model, cell.dtype, args.device, source, cell.ctx_len)
         method = calibrate(method, cell.density, layers, lambda m: m.prepare(loaded.spec))
-        facts = {"knob": f"{method.knob}={getattr(method, method.knob):.6g}", "calibrated_on": f"{source} (train)"}
+        facts = {"knob": knob_setting(method), "calibrated_on": f"{source} (train)"}
     else:
         method = method.prepare(loaded.spec)
     facts["note"] = method.note
@@ -230,7 +240,8 @@ def load_model(name: str, dtype: str, device: str) -> zoo.LoadedModel:
 
 
 @functools.lru_cache(maxsize=1)
-def captured(loaded: zoo.LoadedModel, source: str, ctx_len: int) -> list:
+def captured(name: str, dtype: str, device: str, source: str, ctx_len: int) -> list:
+    loaded = load_model(name, dtype, device)
     return capture_layers(loaded.model, token_windows(loaded.tokenizer, source, "train", ctx_len, 1).ids[0][1])
 
 
@@ -251,10 +262,12 @@ def load_plugin(path: str) -> set[str]:
     """Run a Python file that registers methods; returns their names."""
     if not Path(path).is_file():
         raise ValueError(f"no such plug-in file: {path}")
-    before = set(METHODS)
     spec = importlib.util.spec_from_file_location(f"sparsebench_plugin_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"a plug-in is a Python file (.py), got {path}")
+    for name in [name for name, cls in METHODS.items() if cls.__module__ == spec.name]:
+        del METHODS[name]  # of an earlier command of this process
+    before = set(METHODS)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
@@ -288,9 +301,20 @@ def _words(parts: list[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", " ".join(parts)))))
 
 
+def file_digests(method: Method) -> dict[str, str]:
+    """The content of files and folders that settings name (a gate) is part of a result's identity."""
+    named = {name: value for name, value in method.params().items() if isinstance(value, str)}
+    return {f"{name}_sha256": digest(value) for name, value in named.items() if Path(value).expanduser().exists()}
+
+
 @functools.lru_cache
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:16]
+def digest(path: str) -> str:
+    """16 hexadecimal digits over the content of a file, or of the files of a folder and their names."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return hashlib.sha256(root.read_bytes()).hexdigest()[:16]
+    inside = [(str(file.relative_to(root)), digest(str(file))) for file in sorted(root.rglob("*")) if file.is_file()]
+    return hashlib.sha256(repr(inside).encode()).hexdigest()[:16]
 
 
 def device_name(device: str) -> str:

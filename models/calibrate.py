@@ -64,9 +64,7 @@ def calibrate(
         middle = math.sqrt(max(low, 1e-9) * max(high, 1e-9)) if log else (low + high) / 2
         value = round(middle) if whole else middle
         candidate = ready(dataclasses.replace(method, **{knob: value}))  # type: ignore[type-var]
-        for _, _, ctx in layers:
-            ctx.state.clear()
-        density = sum(float(candidate.select(q, k, ctx).density().mean()) for q, k, ctx in layers) / len(layers)
+        density = sum(_density(candidate, *layer) for layer in layers) / len(layers)
         if best is None or abs(density - target) < best[0]:
             best = (abs(density - target), candidate)
         if abs(density - target) <= tolerance * target:
@@ -77,3 +75,18 @@ def calibrate(
             high = middle
     assert best is not None
     return best[1]
+
+
+def _density(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> float:
+    ctx.state.clear()
+    if type(method).attend is Method.attend:
+        return float(method.select(q, k, ctx).density().mean())
+    ctx.mask = None
+    method.attend(q, k, ctx.v, ctx)
+    return 1.0 if ctx.mask is None else float(ctx.mask.density().mean())
+
+
+def knob_setting(method: Method) -> str:
+    """The calibrated knob as a result row keeps it: "local=312"."""
+    assert method.knob is not None
+    return f"{method.knob}={getattr(method, method.knob):.6g}"

@@ -53,9 +53,11 @@ class Store:
         self._check_schema()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(f"{self.folder} is not a folder") from None
-        self._lock = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -82,8 +84,8 @@ class Store:
     def write(
         self, cell: Cell, scores: Iterable[Score], provenance: Mapping[str, Any], density: float | None = None,
         status: str = "ok", reason: str = "", density_range: tuple[float, float] | None = None,
-    ) -> str:  # fmt: skip
-        """Store one cell, replacing what was stored for it, and return the status it got.
+    ) -> tuple[str, str]:  # fmt: skip
+        """Store one cell, replacing what was stored for it, and return the status it got and the reason.
 
         Args: density is the measured mean and density_range the smallest and largest over layers and heads; provenance is
         free-form, nested mappings are flattened with "_"; its `label` and `note` are what tables print.
@@ -105,7 +107,7 @@ class Store:
         frame.to_parquet(temporary, index=False)
         os.replace(temporary, path)
         self._written.add(cell.key)
-        return status
+        return status, reason
 
     def frame(self) -> pd.DataFrame:
         """All stored cells in the long form (see COLUMNS). Unreadable files are left out with a warning."""

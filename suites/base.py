@@ -44,7 +44,7 @@ class Cell:
     seed: int
     dtype: str
     device: str = ""  # only where the number is a time or a size
-    inputs: str = ""  # digest of files given by path (a corpus, trained gates), which can change under the same name
+    inputs: str = ""  # digest of a corpus given by path, which can change under the same name
 
     def __post_init__(self):
         params = json.loads(self.params) if isinstance(self.params, str) else self.params

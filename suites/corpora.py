@@ -73,16 +73,21 @@ def _from_file(path: Path, split: str) -> Iterator[Document]:
         raise ValueError(f"no such corpus file: {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"corpus file is empty: {path}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"corpus file is not UTF-8 text: {path}") from error
     if path.suffix != ".jsonl":
-        text = path.read_text(encoding="utf-8")
-        return iter([Document(path.stem, text)])
+        return iter([Document(path.stem, content)])
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             text = record["text"]
+            if not isinstance(text, str):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number} is not a JSON object with a "text"') from error
         documents.append((record.get("split"), Document(str(record.get("id", number)), text)))

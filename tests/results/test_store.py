@@ -59,7 +59,7 @@ def test_duplicate_suite_is_refused(monkeypatch):
 def test_a_row_is_cell_score_density_and_provenance(tmp_path):
     with Store(tmp_path / "run") as store:
         about = {"label": "seer(t)", "wall_s": 1.5, "gpu": None, "versions": {"torch": "2.11"}}
-        assert store.write(CELL, SCORES, about, density=0.24, density_range=(0.1, 0.4)) == "ok"
+        assert store.write(CELL, SCORES, about, density=0.24, density_range=(0.1, 0.4)) == ("ok", "")
         rows = store.frame()
     assert list(rows.columns)[: len(COLUMNS)] == list(COLUMNS)
     assert len(rows) == 2
@@ -113,11 +113,11 @@ def test_a_damaged_file_is_not_done(tmp_path, damage):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_fails_the_whole_cell(tmp_path, value):
     with Store(tmp_path) as store:
-        assert store.write(CELL, [*SCORES, Score("pydoc", "b", "nll", value, "nats")], {}, density=0.2) == "failed"
+        status, reason = store.write(CELL, [*SCORES, Score("pydoc", "b", "nll", value, "nats")], {}, density=0.2)
         rows = store.frame()
         assert not store.done(CELL)
     assert len(rows) == 1 and pd.isna(rows["value"][0]) and rows["status"][0] == "failed"
-    assert rows["reason"][0] == f"nll of example 'b' of pydoc is {value}"
+    assert status == "failed" and rows["reason"][0] == reason == f"nll of example 'b' of pydoc is {value}"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_value_that_is_not_finite_fails_the_whole_cell(tmp_path, value):
 )
 def test_other_faults_fail_the_cell(tmp_path, scores, density, reason):
     with Store(tmp_path) as store:
-        assert store.write(CELL, scores, {}, density=density) == "failed"
+        assert store.write(CELL, scores, {}, density=density)[0] == "failed"
         assert reason in store.frame()["reason"][0]
 
 
