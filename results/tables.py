@@ -16,6 +16,7 @@ import pandas as pd
 from tabulate import tabulate
 
 RESAMPLES = 2000
+ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
 BASELINES = (*DENSE_KERNELS, "flex")
 ROW = ["model", "revision", "method", "params", "density_target"]  # what makes a row of the leaderboard
@@ -24,6 +25,19 @@ SETTINGS = ["limit", "seed", "dtype", "device", "inputs"]  # named in a column o
 PLACE = ["suite", "task", "ctx_len"]
 STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high"]
 DENSITY = ["density", "density_min", "density_max"]
+PROVENANCE = [
+    "gpu",
+    "driver",
+    "cpu",
+    "torch",
+    "triton",
+    "transformers",
+    "kernel",
+    "knob",
+    "calibrated_on",
+    "git_commit",
+    "source_sha256",
+]
 SUMMARY = ["key", *ROW, *TEXT, *SETTINGS, *PLACE, "metric", "unit", "value", *STATS, *DENSITY]
 
 
@@ -176,13 +190,16 @@ def _varying(table: pd.DataFrame) -> list[str]:
 def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     """A row per model x method x params (x density target); columns "suite task metric ctx" (the metric is left out where it
     is the suite's name: "perplexity pydoc 2k"), each followed by its n, se, 95 % interval and ratio to dense, then the measured
-    density. Settings that differ within a suite are spelt in the column's name, so different measurements never mix."""
+    density; last, what the row was measured on. Settings that differ within a suite are spelt in the column's name, so
+    different measurements never mix."""
     rows: dict[tuple, dict[str, Any]] = {}
+    keys: dict[tuple, set[str]] = {}
     for suite, table in summary(frame).groupby("suite", sort=True):
         varying = _varying(table)
         stats = STATS if suite != "speed" else []
         for record in table.to_dict("records"):
             identity = tuple(None if pd.isna(record[name]) else record[name] for name in ROW)
+            keys.setdefault(identity, set()).add(record["key"])
             row = rows.setdefault(identity, dict(zip(ROW, identity)) | dict.fromkeys(TEXT, ""))
             row |= {
                 name: row[name] if record[name] in row[name] else f"{row[name]}; {record[name]}".strip("; ") for name in TEXT
@@ -194,6 +211,10 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
             row[column] = record["value"]
             row |= {f"{column} {stat}": record[stat] for stat in stats}
             row |= {" ".join([*place, name]): record[name] for name in DENSITY}
+    for name in (name for name in PROVENANCE if f"prov_{name}" in frame):
+        values = frame.drop_duplicates("key").set_index("key")[f"prov_{name}"].dropna().astype(str)
+        for identity, row in rows.items():
+            row[name] = "; ".join(sorted(set(values[values.index.isin(keys[identity])]))) or None
     board = pd.DataFrame(list(rows.values()))
     lead = [*ROW[:3], *TEXT, *ROW[3:]]
     filled = [name for name in board.columns if name not in lead and board[name].notna().any()]
@@ -249,7 +270,9 @@ def _with_interval(value: float, low: float, high: float) -> str:
 def alarms(table: pd.DataFrame) -> list[str]:
     """A line for every sparse method that beats dense beyond its 95 % interval: a sign of a mistake before it is a win."""
     better = [
-        r["vs_high"] < 1 if str(r["metric"]).startswith("perplexity") else r["unit"] == "%" and r["vs_low"] > 1
+        r["vs_high"] < 1 - ROUNDING
+        if str(r["metric"]).startswith("perplexity")
+        else r["unit"] == "%" and r["vs_low"] > 1 + ROUNDING
         for r in table.to_dict("records")
     ]
     return [
