@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -160,7 +161,17 @@ def provenance() -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
-    return facts | _git(Path(__file__).resolve().parent.parent)
+    package = Path(__file__).resolve().parent.parent
+    return facts | {"source_sha256": _source_digest(package)} | _git(package)
+
+
+def _source_digest(package: Path) -> str:
+    """Of the code that ran, which also an installed copy without a repository can tell."""
+    digest = hashlib.sha256()
+    for room in (".", "kernels", "methods", "models", "suites", "results"):
+        for file in sorted((package / room).glob("*.py" if room == "." else "**/*.py")):
+            digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git(folder: Path) -> dict[str, Any]:
