@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ class Fidelity(Suite):
     attached = False
 
     def run(self, model: Any, cell: Cell) -> Iterator[Score]:
-        method = build(cell.method, json.loads(cell.params)).prepare(model.spec)
+        method = build(cell.method, cell.settings).prepare(model.spec)
         windows = token_windows(model.tokenizer, cell.task, "eval", cell.ctx_len, cell.limit)
         self.notes |= windows.notes()
         for document, ids in tqdm(windows.ids, desc=f"{cell.task} {cell.ctx_len}", leave=False):

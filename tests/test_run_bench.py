@@ -341,6 +341,12 @@ def test_ctrl_c_before_anything_is_finished(bench, tmp_path):
     assert bench.cells() == {} and bench.rows().empty and (bench.out / "report.html").exists()
 
 
+def test_ctrl_c_before_the_folder_exists(bench, tmp_path):
+    (tmp_path / "own.py").write_text("raise KeyboardInterrupt")
+    status, _, err = bench("--plugin", tmp_path / "own.py")
+    assert status == 130 and "interrupted" in err and not bench.out.exists()
+
+
 def blocked_after_two_cells(bench, folder):
     """A run that has finished two of its six cells and hangs in the third until the file `go` is there."""
     plugin = write_plugin(folder, waits="exec(\"while not Path(__file__).with_name('go').exists(): time.sleep(0.01)\")")
@@ -357,7 +363,7 @@ def test_kill_9_loses_only_the_cell_in_flight(bench, tmp_path):
     child, command = blocked_after_two_cells(bench, tmp_path)
     finished = bench.cells()
     assert len(finished) == 2
-    status, out, err = bench(*command)
+    status, out, err = bench("--methods dense --ctx 64")
     assert status == 2 and "another run is writing to" in err and out == "" and bench.cells() == finished
     child.kill()
     child.communicate()
