@@ -159,9 +159,8 @@ def _attend_tile(
 
 @triton.jit
 def block_sparse_attention_fwd_kernel(
-    q, k, v, k_box, v_box, o, lse, kv_num, kv_index, column_num, column_index,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_om,
+    q_box, k_box, v_box, o_box, k, v, lse, kv_num, kv_index, column_num, column_index,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, edge_tiles, together, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, KV_STEP: tl.constexpr, HAS_COLUMNS: tl.constexpr,
@@ -173,28 +172,25 @@ def block_sparse_attention_fwd_kernel(
     its end: first the edge_tiles last tiles with masks, then the rest, which every row of the program sees whole.
     Their count is no constant: LLVM unrolls a loop of known length, and C7515 comes back.
     `together` neighbouring heads take turns, so that programs which run at the same time share their part of K and V.
-    Blocks are fetched through tensor descriptors (k_box, v_box: the copy engine on Hopper), single columns through pointers.
+    Blocks move through tensor descriptors (*_box: the copy engine on Hopper), single columns through pointers.
     """
     i_tile = tl.num_programs(0) // together - 1 - tl.program_id(0) // together  # long rows first
     i_bh = tl.program_id(1) * together + tl.program_id(0) % together
-    i_b = (i_bh // heads).to(tl.int64)
-    i_h = (i_bh % heads).to(tl.int64)
+    i_b = i_bh // heads
+    i_h = i_bh % heads
     i_kv = i_h // group
-    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * rows + i_tile * BM // Q_BLOCK
+    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)).to(tl.int64) * rows + i_tile * BM // Q_BLOCK
     kv_index += i_mask * width
     SPLIT: tl.constexpr = KV_BLOCK // BN
     tiles = tl.load(kv_num + i_mask) * SPLIT
     i_next = tl.load(kv_index, mask=tiles > 0, other=0)
-    q += i_b * stride_qb + i_h * stride_qh
-    o += i_b * stride_ob + i_h * stride_oh
 
     o_m = i_tile * BM + tl.arange(0, BM)
     o_row = o_m + kv_len - q_len
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
-    m_q = (o_m < q_len)[:, None] & (o_d < D)[None, :]
     # [BM, BD]
-    b_q = tl.load(q + o_m[:, None].to(tl.int64) * stride_qm + o_d[None, :], mask=m_q, other=0.0)
+    b_q = q_box.load([i_b, i_h, i_tile * BM, 0]).reshape(BM, BD)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
@@ -205,8 +201,20 @@ def block_sparse_attention_fwd_kernel(
             m_key = c + o_n < listed
             o_key = tl.load(column_index + i_mask * columns + c + o_n, mask=m_key, other=0)
             m_tile = m_key[:, None] & (o_d < D)[None, :]
-            p_k = k + i_b * stride_kb + i_kv * stride_kh + o_key[:, None].to(tl.int64) * stride_kn + o_d[None, :]
-            p_v = v + i_b * stride_vb + i_kv * stride_vh + o_key[:, None].to(tl.int64) * stride_vn + o_d[None, :]
+            p_k = (
+                k
+                + i_b.to(tl.int64) * stride_kb
+                + i_kv.to(tl.int64) * stride_kh
+                + o_key[:, None].to(tl.int64) * stride_kn
+                + o_d[None, :]
+            )
+            p_v = (
+                v
+                + i_b.to(tl.int64) * stride_vb
+                + i_kv.to(tl.int64) * stride_vh
+                + o_key[:, None].to(tl.int64) * stride_vn
+                + o_d[None, :]
+            )
             # [BN, BD]
             b_k = tl.load(p_k, mask=m_tile, other=0.0)
             b_v = tl.load(p_v, mask=m_tile, other=0.0)
@@ -217,8 +225,8 @@ def block_sparse_attention_fwd_kernel(
         t = tiles - 1 - i
         first = tl.load(kv_index + t // SPLIT) * KV_STEP + t % SPLIT * BN
         o_key = first + o_n
-        b_k = k_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
-        b_v = v_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
+        b_k = k_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
+        b_v = v_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
         b_acc, b_m, b_l = _attend_tile(
             b_q,
             b_acc,
@@ -242,15 +250,15 @@ def block_sparse_attention_fwd_kernel(
         # Read one step early: a load that depends on a load of its own step cannot be pipelined more than one step deep.
         i_next = tl.load(kv_index + (t + 1) // SPLIT)
         o_key = first + o_n
-        b_k = k_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
-        b_v = v_box.load([i_b.to(tl.int32), i_kv.to(tl.int32), first, 0]).reshape(BN, BD)
+        b_k = k_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
+        b_v = v_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
         b_acc, b_m, b_l = _attend_tile(
             b_q, b_acc, b_m, b_l, b_k, b_v, o_key, o_key < kv_len, o_row, scale_log2, kv_len,
             WINDOW, SINK, LAST, WINDOW >= 0, PRECISION,
         )  # fmt: skip
 
-    b_o = b_acc / b_l[:, None]
-    tl.store(o + o_m[:, None].to(tl.int64) * stride_om + o_d[None, :], b_o.to(o.dtype.element_ty), mask=m_q)
+    b_o = (b_acc / b_l[:, None]).to(b_q.dtype)
+    o_box.store([i_b, i_h, i_tile * BM, 0], b_o.reshape(1, 1, BM, BD))
     if STORE_LSE:
         b_lse = b_m * (scale_log2 * 0.6931471805599453) + tl.log(b_l)
         tl.store(lse + i_bh.to(tl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
@@ -310,13 +318,15 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
     column_num = num if mask.column_num is None else mask.column_num.contiguous()
     together = options.pop("together")
     grid = (triton.cdiv(q_len, options["BM"]) * together, batch * heads // together)
+    BM, BN = options["BM"], options["BN"]
     block_sparse_attention_fwd_kernel[grid](
-        q, k, v, _box(k, options["BN"]), _box(v, options["BN"]), out, lse, num, index, column_num, columns,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), k, v, lse, num, index, column_num, columns,
+        *k.stride()[:3], *v.stride()[:3],
         mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2],
-        rows, width, columns.shape[-1], _edge_tiles(mask, options["BN"]), together, scale * LOG2E,
-        D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step, HAS_COLUMNS=mask.column_indices is not None,
-        WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink, LAST=mask.last, STORE_LSE=store_lse,
+        rows, width, columns.shape[-1], _edge_tiles(mask, BN), together, scale * LOG2E,
+        D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step,
+        HAS_COLUMNS=mask.column_indices is not None, WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink,
+        LAST=mask.last, STORE_LSE=store_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
     )  # fmt: skip
     return out, lse

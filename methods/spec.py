@@ -18,6 +18,15 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
+def parse_tokens(text: str) -> int:
+    """A length in tokens: "512", "8k" = 8192, "1m". Raises: ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)([km]?)", text.lower())
+    tokens = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]] if match else 0
+    if tokens < 2:
+        raise ValueError(f"lengths are written 512, 8k or 1m, got {text!r}")
+    return tokens
+
+
 def build(name: str, params: dict[str, Any]) -> Method:
     """A method from its name and its params(); entries that are no fields (hashes) are passed over.
 

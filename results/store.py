@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -162,16 +163,19 @@ def provenance() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     package = Path(__file__).resolve().parent.parent
-    return facts | {"source_sha256": _source_digest(package)} | _git(package)
+    rooms = [digest(str(package / room), "*.py") for room in ("kernels", "methods", "models", "suites", "results")]
+    return facts | {"source_sha256": hashlib.sha256("".join(rooms).encode()).hexdigest()[:16]} | _git(package)
 
 
-def _source_digest(package: Path) -> str:
-    """Of the code that ran, which also an installed copy without a repository can tell."""
-    digest = hashlib.sha256()
-    for room in (".", "kernels", "methods", "models", "suites", "results"):
-        for file in sorted((package / room).glob("*.py" if room == "." else "**/*.py")):
-            digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+@functools.lru_cache
+def digest(path: str, pattern: str = "*") -> str:
+    """16 hexadecimal digits over the content of a file, or of the files of a folder that match `pattern` and their names."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return hashlib.sha256(root.read_bytes()).hexdigest()[:16]
+    files = (file for file in sorted(root.rglob(pattern)) if file.is_file())
+    inside = [(file.relative_to(root).as_posix(), digest(str(file))) for file in files]
+    return hashlib.sha256(repr(inside).encode()).hexdigest()[:16]
 
 
 def _git(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ...kernels.block_mass import attention_map
 from ..base import LayerContext, Method, ModelSpec
 from ..dense import dense_attention
+from ..spec import parse_tokens
 from . import FORCED_VERTICAL, top_lines, vertical_slash_scores
 
 FIRST_ROW = 2500  # mass is counted from this query on; from the middle when the text is shorter than twice that
@@ -115,10 +116,6 @@ def search(model: Any, spec: ModelSpec, documents: list[list[int]]) -> dict[str,
     return {"model": spec.name, "layers": [[[head.vertical, head.slash] for head in layer] for layer in best]}
 
 
-def _tokens(text: str) -> int:
-    return int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     from ...models import zoo
     from ...suites.corpora import token_windows
@@ -128,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
     parser.add_argument("--data", required=True, help="corpus whose split 'train' is read, e.g. file:PATH")
-    parser.add_argument("--ctx", type=_tokens, default=8192, help="tokens per document, e.g. 8k; the paper searches at 32k")
+    parser.add_argument(
+        "--ctx", type=parse_tokens, default=8192, help="tokens per document, e.g. 8k; the paper searches at 32k"
+    )
     parser.add_argument("--out", required=True, type=Path, help="JSON file for minference:config=FILE")
     parser.add_argument("--limit", type=int, default=1, help="documents to average over")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

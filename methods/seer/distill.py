@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ...kernels.block_mass import block_mass
 from ..base import LayerContext, Method, ModelSpec
+from ..spec import parse_tokens
 from .gate import AttnGate
 from .weights import save_gates
 
@@ -182,10 +183,6 @@ def save(out: Path, gates: list[AttnGate], records: list[dict[str, float]], mode
         writer.writerows(records)
 
 
-def _tokens(text: str) -> int:
-    return int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sparsebench.methods.seer.distill", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
@@ -193,7 +190,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data", required=True, help="corpora, comma-separated, of which the split 'train' is read: file:PATH,..."
     )
     parser.add_argument("--out", required=True, type=Path, help="new folder for the gates")
-    parser.add_argument("--ctx", type=_tokens, default=8192, help="tokens per sequence, e.g. 8k")
+    parser.add_argument("--ctx", type=parse_tokens, default=8192, help="tokens per sequence, e.g. 8k")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the frozen model")
     for name, value in asdict(Recipe()).items():

@@ -20,7 +20,7 @@ HAVE_EMBEDDED = zoo.embedded_gguf() is not None
     [
         ("smolm2-135m", "did you mean smollm2-135m"),
         ("Qwen3_8b", "qwen3-8b"),
-        ("zzz", "known models: smollm2-135m"),
+        ("zzz", "known: llama-3.1-8b"),
         ("./no", "known"),
     ],
 )
