@@ -162,9 +162,9 @@ def provenance() -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
-    package = Path(__file__).resolve().parent.parent
-    rooms = [digest(str(package / room), "*.py") for room in ("kernels", "methods", "models", "suites", "results")]
-    return facts | {"source_sha256": hashlib.sha256("".join(rooms).encode()).hexdigest()[:16]} | _git(package)
+    root = Path(__file__).resolve().parent.parent
+    rooms = [digest(str(root / room), "*.py") for room in ("kernels", "methods", "models", "suites", "results")]
+    return facts | {"source_sha256": hashlib.sha256("".join(rooms).encode()).hexdigest()[:16]} | _git(root)
 
 
 @functools.lru_cache

@@ -129,7 +129,8 @@ def token_windows(tokenizer: Any, source: str, split: str, ctx_len: int, limit: 
 
     Raises: ValueError when no document is long enough.
     """
-    ids, too_short, digest = [], 0, hashlib.sha256()
+    ids: list[tuple[str, list[int]]] = []
+    too_short, digest = 0, hashlib.sha256()
     for document in read_documents(source, split):
         tokens = _tokenise(tokenizer, document)[:ctx_len]
         if len(tokens) < ctx_len:
