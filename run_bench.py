@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -25,15 +26,16 @@ import torch
 from tqdm import tqdm
 
 from sparsebench.methods import METHODS, Method
-from sparsebench.methods.spec import label, nearest, parse_methods, parse_tokens
+from sparsebench.methods.spec import build, label, nearest, parse_methods, parse_tokens
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import calibrate, capture_layers, knob_setting
-from sparsebench.results import Store, provenance, report, tables
+from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest
+from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell
 from sparsebench.suites.base import NotApplicable
-from sparsebench.suites.corpora import check_corpus, read_documents, token_windows
+from sparsebench.suites.corpora import calibration_corpus, check_corpus, corpus_file, token_windows
 
 DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
 # With no arguments: a first look that a laptop finishes in three minutes. At such short contexts the authors' settings of the
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         if args.list:
-            print(listing())
+            print(listing(args.plugin))
             return 0
         jobs = plan(args)
         if args.plan:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first cell or in the tables, which the same command makes again
         print("\ninterrupted", file=sys.stderr)
         return 130
-    print(tables.print_table(frame[frame["key"].isin({job.cell.key for job in jobs})]))
+    print(print_table(frame[frame["key"].isin({job.cell.key for job in jobs})]))
     print(f"\nresults.csv, leaderboard.csv, plots and report.html are in {args.out}")
     return status
 
@@ -169,7 +171,7 @@ def make_job(
         suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=args.limit if suite.needs_model else None,
         seed=args.seed, dtype=args.dtype if suite.needs_model else "bfloat16",
         device=device_name(args.device) if suite.needs_gpu else "",
-        inputs=digest(task.removeprefix("file:")) if task.startswith("file:") else "",
+        inputs=digest(path) if suite.needs_model and (path := corpus_file(task)) else "",
     )  # fmt: skip
     skip = ""
     longest = zoo.describe(model)[0] if suite.needs_model else None
@@ -224,8 +226,8 @@ def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tu
     method, facts = job.method, {}
     if cell.density is not None and method.knob is not None:
         source = calibration_corpus(cell.task)
-        text = (source, cell.ctx_len, min(CALIBRATION_DOCUMENTS, args.limit))
-        method = calibrated(method, cell.density, (cell.model, cell.dtype, args.device), text)
+        documents = (source, cell.ctx_len, min(CALIBRATION_DOCUMENTS, args.limit))
+        method = calibrated(cell.method, str(cell.params), cell.density, (cell.model, cell.dtype, args.device), documents)
         facts = {"knob": knob_setting(method), "calibrated_on": f"{source} (train)"}
     else:
         method = method.prepare(loaded.spec)
@@ -246,29 +248,20 @@ def load_model(name: str, dtype: str, device: str) -> zoo.LoadedModel:
 
 
 @functools.lru_cache(maxsize=256)
-def calibrated(method: Method, density: float, model: tuple[str, str, str], text: tuple[str, int, int]) -> Method:
-    """`method` at `density`, ready to run; model is load_model's arguments, text (corpus, ctx_len, documents)."""
+def calibrated(name: str, params: str, density: float, model: tuple[str, str, str], text: tuple[str, int, int]) -> Method:
+    """The method of a cell at `density`, ready to run; model is load_model's arguments, text (corpus, ctx_len, documents)."""
+    method = build(name, json.loads(params))  # from text: a method need not be hashable
     return calibrate(method, density, captured(model, text), lambda m: m.prepare(load_model(*model).spec))
 
 
 @functools.lru_cache(maxsize=1)
 def captured(model: tuple[str, str, str], text: tuple[str, int, int]) -> list:
     loaded, (source, ctx_len, documents) = load_model(*model), text
-    windows = token_windows(loaded.tokenizer, source, "train", ctx_len, documents)
+    try:
+        windows = token_windows(loaded.tokenizer, source, "train", ctx_len, documents)
+    except ValueError as error:
+        raise ValueError(f'no text to turn the knob on: {error}; a .jsonl may hold some as "split": "train"') from error
     return [layer for _, ids in windows.ids for layer in capture_layers(loaded.model, ids)]
-
-
-@functools.lru_cache
-def calibration_corpus(corpus: str) -> str:
-    """The corpus itself when it has training documents apart from those evaluated, else the embedded one."""
-    if corpus.startswith("file:"):
-        try:
-            train = {document.text for document in read_documents(corpus, "train")}
-        except ValueError:
-            return "pydoc"
-        if any(document.text in train for document in read_documents(corpus, "eval")):
-            return "pydoc"
-    return corpus
 
 
 def load_plugin(path: str) -> set[str]:
@@ -334,7 +327,10 @@ def describe(job: Job) -> str:
     return f"{cell.suite} {cell.model} {cell.task} ctx {cell.ctx_len}{density} {label(job.method)}{skip}"
 
 
-def listing() -> str:
+def listing(plugin: str | None) -> str:
+    if plugin:
+        load_plugin(plugin)
+
     def first_line(cls: type) -> str:
         return (cls.__doc__ or "").strip().splitlines()[0]
 

@@ -11,7 +11,8 @@ import pandas as pd
 
 from .plots import perplexity_plots
 from .store import write_atomically
-from .tables import alarms, compact, leaderboard, problems, summary
+from .tables import leaderboard, summary
+from .text import alarms, compact, problems
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
 div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;
@@ -33,7 +34,8 @@ def render(frame: pd.DataFrame, plots: Iterable[Path], title: str) -> str:
     if table.empty:
         body.append("<p>No results yet.</p>")
     for (suite, model), group in table.groupby(["suite", "model"], sort=True):
-        body += [f"<h2>{escape(f'{suite}, {model}')}</h2>", _html(compact(group))]
+        shared, rows = compact(group)
+        body += [f"<h2>{escape(', '.join([suite, model, *shared]))}</h2>", _html(rows)]
     if not table.empty:
         body.append(
             "<p>In brackets: 95 % bootstrap intervals over documents or examples (n = 1 has none). Density is measured.</p>"

@@ -1,4 +1,4 @@
-"""From stored rows to what people read: aggregates with their uncertainty, ratios to dense, the leaderboard, the terminal.
+"""From stored rows to what people read: aggregates with their uncertainty, ratios to dense, the leaderboard.
 
 Nothing computed here is stored with the cells. Every function is pure; `frame` is Store.frame().
 """
@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tabulate import tabulate
 
 RESAMPLES = 2000
-ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
 BASELINES = (*DENSE_KERNELS, "flex")
 ROW = ["model", "revision", "method", "params", "density_target"]  # what makes a row of the leaderboard
@@ -25,19 +23,8 @@ SETTINGS = ["limit", "seed", "dtype", "device", "inputs"]  # named in a column o
 PLACE = ["suite", "task", "ctx_len"]
 STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high"]
 DENSITY = ["density", "density_min", "density_max"]
-PROVENANCE = [
-    "gpu",
-    "driver",
-    "cpu",
-    "torch",
-    "triton",
-    "transformers",
-    "kernel",
-    "knob",
-    "calibrated_on",
-    "git_commit",
-    "source_sha256",
-]
+PROVENANCE = ["gpu", "driver", "cpu", "torch", "triton", "transformers", "kernel", "knob", "calibrated_on"]
+PROVENANCE += ["git_commit", "source_sha256"]
 SUMMARY = ["key", *ROW, *TEXT, *SETTINGS, *PLACE, "metric", "unit", "value", *STATS, *DENSITY]
 
 
@@ -183,8 +170,15 @@ def ctx_name(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)
 
 
-def _varying(table: pd.DataFrame) -> list[str]:
-    return [name for name in SETTINGS if table[name].nunique(dropna=False) > 1]
+def varying(table: pd.DataFrame) -> list[str]:
+    """The settings that a reader must be told. Of `inputs` that is so only where two texts have one name."""
+    several = [name for name in SETTINGS if table[name].nunique(dropna=False) > 1]
+    return [name for name in several if name != "inputs" or table.groupby("task")[name].nunique().max() > 1]
+
+
+def metric_name(metric: str, suite: str) -> str:
+    """ "" for the suite's own metric, "last256" for "perplexity_last256"."""
+    return "" if metric == suite else metric.removeprefix(f"{suite}_")
 
 
 def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
@@ -195,7 +189,7 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     rows: dict[tuple, dict[str, Any]] = {}
     keys: dict[tuple, set[str]] = {}
     for suite, table in summary(frame).groupby("suite", sort=True):
-        varying = _varying(table)
+        settings_named = varying(table)
         stats = STATS if suite != "speed" else []
         for record in table.to_dict("records"):
             identity = tuple(None if pd.isna(record[name]) else record[name] for name in ROW)
@@ -204,8 +198,8 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
             row |= {
                 name: row[name] if record[name] in row[name] else f"{row[name]}; {record[name]}".strip("; ") for name in TEXT
             }
-            metric = str(record["metric"]).removeprefix(str(suite)).strip("_")
-            settings = [f"{name}={record[name]}" for name in varying]
+            metric = metric_name(record["metric"], str(suite))
+            settings = [f"{name}={record[name]}" for name in settings_named]
             place = [str(suite), record["task"], ctx_name(record["ctx_len"]), *settings]
             column = " ".join(filter(None, [*place[:2], metric, *place[2:]]))
             row[column] = record["value"]
@@ -221,73 +215,3 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     board = board.reindex(columns=[*lead, *filled])
     order = board.assign(sparse=board["method"] != "dense")
     return board.loc[order.sort_values(["model", "sparse", "label", "density_target"]).index].reset_index(drop=True)
-
-
-def print_table(frame: pd.DataFrame) -> str:
-    """The tables of a terminal: one per suite and model, with what was skipped, what failed and what looks wrong below."""
-    table = summary(frame)
-    parts = []
-    for (suite, model), group in table.groupby(["suite", "model"], sort=True):
-        parts.append(
-            f"{suite}, {model}\n"
-            + tabulate(compact(group).to_dict("list"), headers="keys", showindex=False, disable_numparse=True)
-        )
-    return "\n\n".join(parts + ["\n".join(lines) for lines in (alarms(table), problems(frame)) if lines]) or "no results yet"
-
-
-def compact(group: pd.DataFrame) -> pd.DataFrame:
-    """Summary rows of one suite and model as text: a row per cell and task, a column per metric, "value [95 % interval]", and
-    the ratio to dense of the first metric."""
-    extra = [name for name in ("density_target", *_varying(group)) if group[name].notna().any()]
-    rows = []
-    for _, cell in group.groupby(["key", "task"], sort=False):
-        first = cell.iloc[0]
-        row = {"method": first["label"], "task": first["task"], "ctx": ctx_name(first["ctx_len"])}
-        row |= {name.replace("density_target", "target"): _number(first[name]) for name in extra}
-        row["density"] = _number(first["density"])
-        for record in cell.to_dict("records"):
-            if not any(part in record["metric"] for part in ("_p20", "_p80", "error_vs_reference")):
-                metric = str(record["metric"])
-                row[metric.removeprefix(f"{first['suite']}_")] = _with_interval(record["value"], record["low"], record["high"])
-                if pd.notna(record["vs_dense"]) and "vs dense" not in row:
-                    row["vs dense"] = _with_interval(record["vs_dense"], record["vs_low"], record["vs_high"])
-        if first["suite"] != "speed":
-            row["n"] = str(int(first["n"]))
-        rows.append(row)
-    return pd.DataFrame(rows).fillna("")
-
-
-def _number(value: Any) -> str:
-    if not isinstance(value, float):
-        return "" if pd.isna(value) else str(value)
-    return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def _with_interval(value: float, low: float, high: float) -> str:
-    return _number(value) if pd.isna(low) else f"{_number(value)} [{_number(low)}, {_number(high)}]"
-
-
-def alarms(table: pd.DataFrame) -> list[str]:
-    """A line for every sparse method that beats dense beyond its 95 % interval: a sign of a mistake before it is a win."""
-    better = [
-        r["vs_high"] < 1 - ROUNDING
-        if str(r["metric"]).startswith("perplexity")
-        else r["unit"] == "%" and r["vs_low"] > 1 + ROUNDING
-        for r in table.to_dict("records")
-    ]
-    return [
-        f"check: {r['label']} beats dense in {r['metric']}, {r['task']} {ctx_name(r['ctx_len'])} ({r['vs_dense']:.4g} of dense)"
-        for r in table[better].to_dict("records")
-    ]
-
-
-def problems(frame: pd.DataFrame) -> list[str]:
-    """A line per suite, context and reason: "perplexity 32k skipped: the model's limit is 8192 tokens (seer, minference)"."""
-    rows = labelled(frame[frame["status"] != "ok"])
-    rows = rows.assign(reason=rows["reason"].str.strip().str.split("\n").str[0].fillna(""))
-    lines = []
-    for _, group in rows.groupby(["status", "suite", "ctx_len", "reason"]):
-        first = group.iloc[0]
-        methods = ", ".join(sorted(set(group["label"])))
-        lines.append(f"{first['suite']} {ctx_name(first['ctx_len'])} {first['status']}: {first['reason']} ({methods})")
-    return lines

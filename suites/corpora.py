@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ HUB = {
     "pg19": ("emozilla/pg19", "main"),
     "proof_pile": ("hoskinson-center/proof-pile", "refs/convert/parquet"),
 }
+HUB_TIMEOUT_S = 10
 PYDOC_CHARS = 48_000  # about 12k tokens: long enough for 8k contexts
 
 
@@ -34,6 +36,27 @@ def check_corpus(source: str) -> None:
             f"unknown corpus {source!r}: one of pydoc, {', '.join(HUB)}, file:PATH (.txt or .jsonl) or a hub data set"
         )
     next(read_documents(source, "eval"), None)
+
+
+def corpus_file(source: str) -> str | None:
+    """The file on this machine that holds a corpus: its content may change under the same name. None for the hub."""
+    if source == "pydoc":  # another Python has other help topics
+        spec = importlib.util.find_spec("pydoc_data.topics")
+        return spec.origin if spec else None
+    return source.removeprefix("file:") if source.startswith("file:") else None
+
+
+@functools.lru_cache
+def calibration_corpus(source: str) -> str:
+    """The corpus itself when it has training documents apart from those evaluated, else the embedded one."""
+    if source.startswith("file:"):
+        try:
+            train = {document.text for document in read_documents(source, "train")}
+        except ValueError:
+            return "pydoc"
+        if any(document.text in train for document in read_documents(source, "eval")):
+            return "pydoc"
+    return source
 
 
 def read_documents(source: str, split: str) -> Iterator[Document]:
@@ -99,16 +122,23 @@ def _from_file(path: Path, split: str) -> Iterator[Document]:
 
 def _from_hub(source: str, split: str) -> Iterator[Document]:
     import datasets
+    from huggingface_hub import HfApi
 
     name, revision = HUB.get(source, (source, "main"))
     try:
+        # One short question: without a network load_dataset alone retries for half a minute.
+        HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
         stream = datasets.load_dataset(name, split="train" if split == "train" else "test", revision=revision, streaming=True)
         for number, record in enumerate(stream):
             yield Document(str(number), record["text"])
     except Exception as error:  # the hub library raises many kinds of network, name and format errors
         raise ValueError(
-            f"cannot read data set {name!r} from the hub ({type(error).__name__}: {error}); offline, use file:PATH instead"
+            f"cannot read data set {name!r} from the hub; offline, use pydoc or file:PATH ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -146,6 +176,6 @@ def token_windows(tokenizer: Any, source: str, split: str, ctx_len: int, limit: 
     return Windows(ids, too_short, digest.hexdigest()[:16])
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # a book is 5 MB of integers
 def _tokenise(tokenizer: Any, document: Document) -> tuple[int, ...]:
     return tuple(tokenizer(document.text, verbose=False)["input_ids"])

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from sparsebench.results.store import Store
-from sparsebench.results.tables import ctx_name, leaderboard, print_table, summary
+from sparsebench.results.tables import ctx_name, leaderboard, summary
+from sparsebench.results.text import print_table
 from sparsebench.suites.base import Cell, Score
 
 DENSE = Cell(
@@ -188,9 +189,43 @@ def test_terminal_table_gives_interval_density_and_target(store):
     store.write(
         dataclasses.replace(SEER, density=0.25), nll({"a": (20.0, 10), "b": (9.0, 9)}), {"label": "seer(x)"}, density=0.2431
     )
-    header, _, line = print_table(store.frame()).splitlines()[1:4]
-    assert header.split() == ["method", "task", "ctx", "target", "density", "perplexity", "n"]
-    assert line.split()[:5] == ["seer(x)", "pydoc", "2k", "0.25", "0.2431"] and "4.601 [2.718, 7.389]" in line
+    title, header, _, line = print_table(store.frame()).splitlines()[:4]
+    assert title == "perplexity, tiny, pydoc, n = 2"
+    assert header.split() == ["method", "ctx", "target", "density", "perplexity"]
+    assert line.split()[:4] == ["seer(x)", "2k", "0.25", "0.2431"] and "4.601 [2.718, 7.389]" in line
+
+
+def test_tables_fit_a_terminal(store):
+    """Two files with the widest rows a suite prints; of the files the names, of their content nothing."""
+    folder = "file:/somewhere/rather/deep/in/a/file/system/"
+    for task, inputs in ((f"{folder}books.jsonl", "1" * 16), (f"{folder}proofs.jsonl", "2" * 16)):
+        for cell in (DENSE, dataclasses.replace(SEER, density=0.25)):
+            cell = dataclasses.replace(cell, task=task, inputs=inputs)
+            rows = nll({"a": (2345.0, 1000), "b": (2987.0, 1001)}) + nll({"a": (611.1, 256), "b": (733.3, 256)}, "_last256")
+            rows = [dataclasses.replace(score, task=task) for score in rows]
+            store.write(cell, rows, {"label": "minference(vertical=100)"}, density=0.123456)
+    speed = dataclasses.replace(SEER, suite="speed", task="attention", device="H100", ctx_len=131072)
+    names = ["total_ms", "select_ms", "attend_ms", "fa2_ms", "cudnn_ms", "flex_ms", "tflops", "peak_mb", "density"]
+    store.write(dataclasses.replace(speed, method="dense"), [Score("attention", "s", "total_ms", 9.0, "ms")], {}, density=1.0)
+    scores = [Score("attention", "s", name, 1234.5678 / (1 + 9 * i), "") for i, name in enumerate(names)]
+    store.write(speed, scores, {"label": "minference(vertical=100)"}, density=0.5)
+    text = print_table(store.frame())
+    assert max(map(len, text.splitlines())) <= 120, text
+    assert "books.jsonl" in text and "somewhere" not in text and "1111" not in text
+    header = text[text.index("speed, tiny") :].splitlines()[1]
+    assert header.split("  ")[-1].strip() == "MiB" and header.index("total ms") < header.index("select") < header.index("x fa2")
+    board = leaderboard(store.frame())
+    assert {"speed attention speedup_flex 128k", "speed attention of_best_dense 128k"} <= set(board.columns)
+    assert not [name for name in board.columns if "inputs" in name]
+
+
+def test_one_name_for_two_texts_is_told_apart(store):
+    for inputs, loss in (("one", 20.0), ("two", 30.0)):
+        store.write(dataclasses.replace(DENSE, inputs=inputs), nll({"a": (loss, 10)}), {}, density=1.0)
+    assert "inputs" in print_table(store.frame()).splitlines()[1]
+    board = leaderboard(store.frame())
+    assert board["perplexity pydoc 2k inputs=one"][0] == pytest.approx(math.exp(2))
+    assert board["perplexity pydoc 2k inputs=two"][0] == pytest.approx(math.exp(3))
 
 
 def test_empty_frame(store):
