@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+SCRATCH_ELEMENTS = 1 << 22  # int64 temporaries alive at a time: 128k tokens in blocks of 64 have 2^27 blocks in 32 heads
+
 
 def causal_blocks(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
     """Blocks of which at least one (query, key) pair is causally visible; q's last row sits at k's last row.
@@ -23,6 +25,19 @@ def _row_bounds(q_len: int, kv_len: int, q_block: int, device=None) -> tuple[Ten
     offset = kv_len - q_len
     start = torch.arange(offset, kv_len, q_block, device=device)
     return start, (start + q_block).clamp(max=kv_len)
+
+
+def _numbers(chosen: Tensor, width: int) -> Tensor:
+    """int32 [..., width]: where every row of bool [..., N] is True, ascending, then zeros; no row has more than `width`."""
+    rows, number = chosen.flatten(0, -2), torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)
+    out = torch.zeros(len(rows), width, dtype=torch.int32, device=chosen.device)
+    step = max(SCRATCH_ELEMENTS // chosen.shape[-1], 1)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        slot = (part.cumsum(-1) - 1).where(part, width)
+        found = out.new_zeros(len(part), width + 1).scatter_(-1, slot, number.expand(slot.shape))
+        out[start : start + step] = found[:, :width]
+    return out.view(*chosen.shape[:-1], width)
 
 
 def _pairs_from(first: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
@@ -74,18 +89,31 @@ class BlockMask:
                 f"BlockMask of {rows} query blocks needs kv_num_blocks [B, H, {rows}] and kv_indices [B, H, {rows}, K], got "
                 f"{tuple(self.kv_num_blocks.shape)} and {tuple(self.kv_indices.shape)}"
             )
-        if (self.column_indices is None) != (self.column_num is None):
+        if self.column_indices is None and self.column_num is None:
+            return
+        if self.column_indices is None or self.column_num is None:
             raise ValueError("BlockMask takes column_indices and column_num together or neither")
+        if not self.column_indices.shape[:-1] == self.column_num.shape == self.kv_num_blocks.shape:
+            raise ValueError(
+                f"BlockMask needs column_num of kv_num_blocks' shape {tuple(self.kv_num_blocks.shape)} and column_indices "
+                f"[B, H, {rows}, C], got {tuple(self.column_num.shape)} and {tuple(self.column_indices.shape)}"
+            )
 
     @classmethod
     def from_dense(cls, dense: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, *, trusted=False) -> BlockMask:
-        """From a bool block map [B, H, NQ, NK]; blocks no row can see are dropped. Syncs once to learn the widest row."""
-        dense = dense & causal_blocks(q_len, kv_len, q_block, kv_block, dense.device)
+        """From a bool block map [B, H, NQ, NK]; blocks no row can see are dropped. Syncs once to learn the widest row.
+
+        Raises: ValueError for another dtype or shape.
+        """
+        visible = causal_blocks(q_len, kv_len, q_block, kv_block, dense.device)
+        if dense.dtype != torch.bool or dense.ndim != 4 or dense.shape[2:] != visible.shape:
+            raise ValueError(
+                f"from_dense takes bool [B, H, {visible.shape[0]}, {visible.shape[1]}], got {dense.dtype} {tuple(dense.shape)}"
+            )
+        dense = dense & visible
         num = dense.sum(-1, dtype=torch.int32)
-        width = max(int(num.max()), 1)
-        # A stable sort by "not selected" moves the selected block numbers to the front in ascending order.
-        order = (~dense).to(torch.uint8).sort(dim=-1, stable=True).indices
-        return cls(num, order[..., :width].to(torch.int32), q_len, kv_len, q_block, kv_block, trusted=trusted)
+        index = _numbers(dense, max(int(num.max()), 1))
+        return cls(num, index, q_len, kv_len, q_block, kv_block, trusted=trusted)
 
     @property
     def step(self) -> int:
@@ -136,13 +164,12 @@ class BlockMask:
             visible &= (i - j < self.window) | (j < self.sink) | (i >= self.kv_len - self.last)
         return keys & visible
 
-    def _pairs_between(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """Pairs of each query block with the keys lo <= j < hi; lo and hi int64 [B, H, NQ, *]."""
+    def _pairs_between(self, lo: Tensor, hi: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
+        """Pairs of the queries q0 <= i < q1 with the keys lo <= j < hi; lo, hi int64 [B, H, rows, *], q0, q1 [rows, 1]."""
 
         def causal(q0, q1, a, b):
             return _pairs_from(a, q0, q1) - _pairs_from(torch.maximum(a, b), q0, q1)
 
-        q0, q1 = (t[:, None] for t in self.row_bounds())
         if self.window is None:
             return causal(q0, q1, lo, hi)
         cut = q0.clamp(min=self.kv_len - self.last).minimum(q1)  # rows from here on ignore the window
@@ -152,11 +179,18 @@ class BlockMask:
 
     def pairs(self) -> Tensor:
         """Selected (query, key) pairs, int64 [B, H], on the mask's device."""
-        first = self.kv_indices.long() * self.step
-        total = (self._pairs_between(first, first + self.kv_block) * self._valid()).sum((-1, -2))
+        lists = [(self.kv_indices, self._valid(), self.step, self.kv_block)]
         if self.column_indices is not None:
-            column = self.column_indices.long()
-            total = total + (self._pairs_between(column, column + 1) * self._column_valid()).sum((-1, -2))
+            lists.append((self.column_indices, self._column_valid(), 1, 1))
+        q0, q1 = (bound[:, None] for bound in self.row_bounds())
+        total = torch.zeros(self.kv_num_blocks.shape[:2], dtype=torch.int64, device=self.device)
+        for index, valid, step, size in lists:
+            rows = max(SCRATCH_ELEMENTS // max(index[:, :, 0].numel(), 1), 1)
+            for start in range(0, index.shape[2], rows):
+                part = slice(start, start + rows)
+                first = index[:, :, part].long() * step
+                pairs = self._pairs_between(first, first + size, q0[part], q1[part])
+                total += (pairs * valid[:, :, part]).sum((-1, -2))
         return total
 
     def visible_pairs(self) -> int:
@@ -222,22 +256,30 @@ class BlockMask:
             raise ValueError(f"a query row would see no key: batch {b}, head {h}, query block {r}")
         return replace(self, trusted=True)
 
-    def to_flex(self):
-        """The same selection as torch.nn.attention.flex_attention.BlockMask (partly visible blocks get the causal mask).
+    def to_flex(self, heads: int | None = None):
+        """The same selection as torch.nn.attention.flex_attention.BlockMask.
 
-        Raises: ValueError when the mask has columns or untiled blocks, which FlexAttention cannot express.
+        Args: heads: query heads, needed when H is the number of KV heads: FlexAttention takes a mask of 1 or of all heads.
+        Raises: ValueError when the mask has columns or untiled blocks, which FlexAttention cannot express, or does not fit.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         if self.column_indices is not None or self.step != self.kv_block:
             raise ValueError("FlexAttention has no form for single columns or for blocks that do not tile the keys")
         dense = self.dense()
+        batch, own = dense.shape[:2]
+        if heads is not None and own > 1:
+            if heads % own:
+                raise ValueError(f"a mask of {own} heads does not fit {heads} query heads")
+            dense, own = dense.repeat_interleave(heads // own, dim=1), heads
         q0 = self.row_bounds()[0]
         offset, window, sink, tail = self.kv_len - self.q_len, self.window, self.sink, self.kv_len - self.last
 
         def mask_mod(b, h, q_idx, kv_idx):
             i = q_idx + offset
-            visible = kv_idx <= i
+            # Without torch.compile, FlexAttention never looks at the block lists, so this must know the blocks too.
+            listed = dense[b if batch > 1 else 0, h if own > 1 else 0, q_idx // self.q_block, kv_idx // self.kv_block]
+            visible = listed & (kv_idx <= i)
             if window is not None:
                 visible = visible & ((i - kv_idx < window) | (kv_idx < sink) | (i >= tail))
             return visible
@@ -246,8 +288,7 @@ class BlockMask:
         full = dense & (last_key <= q0[:, None]) & (window is None)
 
         def rows(part: Tensor) -> tuple[Tensor, Tensor]:
-            order = (~part).to(torch.uint8).sort(dim=-1, stable=True).indices
-            return part.sum(-1, dtype=torch.int32), order.to(torch.int32)
+            return part.sum(-1, dtype=torch.int32), _numbers(part, part.shape[-1])
 
         return FlexBlockMask.from_kv_blocks(
             *rows(dense & ~full), *rows(full), BLOCK_SIZE=(self.q_block, self.kv_block), mask_mod=mask_mod,

@@ -50,7 +50,9 @@ def block_sparse_attention(
         impl: "auto" | "triton" | "reference"; a named one never falls back.
 
     Returns: [B, H, q_len, D] in q's dtype, accumulated in fp32; with return_lse also lse [B, H, q_len] fp32.
-    Raises: ValueError when a query row would see no key, shapes or dtypes disagree, or D is unsupported.
+    Differentiable in q, k and v through the reference only.
+    Raises: ValueError when a query row would see no key, shapes or dtypes disagree, D is unsupported, or the Triton kernel
+        would lose a gradient.
     """
     _check_shapes(q, k, v, mask)
     mask = mask.check()
@@ -308,6 +310,8 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
         raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32, got {q.dtype}")
     if mask.q_block not in (64, 128) or mask.kv_block not in (64, 128):
         raise ValueError(f"the Triton kernel supports blocks of 64 and 128, got {mask.q_block} x {mask.kv_block}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("the Triton kernel has no backward yet: run it under torch.no_grad(), or with impl='reference'")
     q, k, v = (_aligned(x) for x in (q, k, v))
     options = _launch_options(q, k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -107,12 +107,15 @@ class Method:
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
         """The blocks to attend to. q [B, H, q_len, D], k [B, H_kv, kv_len, D], after RoPE."""
-        block = getattr(self, "block", 64)
-        return keep_top(self.score(q, k, ctx), q.shape[2], k.shape[2], block, block, self.density)  # type: ignore[attr-defined]
+        block, density = getattr(self, "block", 64), getattr(self, "density", None)
+        if density is None:
+            raise ValueError(f"{self.name} has scores but no field `density` to say how many of them are kept")
+        return keep_top(self.score(q, k, ctx), q.shape[2], k.shape[2], block, block, density)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         """The attention output [B, H, q_len, D]."""
-        ctx.mask = self.select(q, k, ctx)
+        with torch.no_grad():  # a choice of blocks has no gradient, and its graph may hold the whole attention map
+            ctx.mask = self.select(q, k, ctx)
         return block_sparse_attention(q, k, v, ctx.mask, scale=ctx.scale)
 
     def prepare(self, model: ModelSpec) -> Method:
@@ -139,8 +142,8 @@ class Method:
 def register(cls: type[Method]) -> type[Method]:
     """Class decorator: make a method known by its name.
 
-    Raises: ValueError for a duplicate name, a class that is no frozen dataclass, or one that overrides none or several of
-    score, select and attend.
+    Raises: ValueError for a missing or duplicate name, a class that is no frozen dataclass, a field without default, or one
+    that overrides none or several of score, select and attend.
     """
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen or "__dataclass_fields__" not in vars(cls):
@@ -148,9 +151,15 @@ def register(cls: type[Method]) -> type[Method]:
     overridden = [f for f in ("score", "select", "attend") if getattr(cls, f) is not getattr(Method, f)]
     if len(overridden) != 1:
         raise ValueError(f"{cls.__name__} must override exactly one of score, select, attend; it overrides {overridden}")
-    if cls.knob is not None and cls.knob not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    bare = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+    if bare:
+        raise ValueError(f"{cls.__name__} needs a default for {', '.join(bare)}")
+    if cls.knob is not None and cls.knob not in fields:
         raise ValueError(f"{cls.__name__}.knob names no field: {cls.knob!r}")
-    if METHODS.get(cls.name, cls).__qualname__ != cls.__qualname__ or cls.name in METHODS:
+    if not isinstance(getattr(cls, "name", None), str):
+        raise ValueError(f"{cls.__name__} needs a name: what --methods calls it")
+    if cls.name in METHODS:
         raise ValueError(f"a method named {cls.name!r} is registered already")
     METHODS[cls.name] = cls
     return cls
@@ -193,7 +202,7 @@ def keep_top(
     scores = scores.masked_fill(pairs == 0, float("-inf"))
     offset = kv_len - q_len
     if offset % kv_block or kv_block % q_block:
-        scores = _seen_first(scores, offset, q_block, kv_block)
+        scores = seen_first(scores, offset, q_block, kv_block)
     # No row needs more: it takes its share of pairs, the half block of every row by which rounding may raise the share,
     # and the blocks at the diagonal that are smaller than they look.
     width = pairs.shape[1] if across_rows else math.ceil(density * pairs.shape[1]) + 3 + -(-q_block // kv_block)
@@ -216,7 +225,7 @@ def keep_top(
     return BlockMask(kept.sum(-1, dtype=torch.int32), index, q_len, kv_len, q_block, kv_block, trusted=True)
 
 
-def _seen_first(scores: Tensor, offset: int, q_block: int, kv_block: int) -> Tensor:
+def seen_first(scores: Tensor, offset: int, q_block: int, kv_block: int) -> Tensor:
     """Scores with +inf for every row's best block among those that its first query sees, so that no query is left blind."""
     rows, columns = scores.shape[-2:]
     first_query = offset + q_block * torch.arange(rows, device=scores.device)
@@ -256,7 +265,8 @@ def select(
     """
     if type(method).attend is not Method.attend:
         return attention(method, q, k, k if v is None else v, q_pre=q_pre, k_pre=k_pre, rope_theta=rope_theta, layer=layer)[1]
-    return method.select(q, k, _context(q, k, v, q_pre, k_pre, rope_theta, layer))
+    with torch.no_grad():
+        return method.select(q, k, _context(q, k, v, q_pre, k_pre, rope_theta, layer))
 
 
 def attention(
@@ -267,6 +277,17 @@ def attention(
     ctx = _context(q, k, v, q_pre, k_pre, rope_theta, layer)
     out = method.attend(q, k, v, ctx)
     return out, ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention, q's last row at k's last row. q [B, H, q_len, D], k, v [B, H_kv, kv_len, D] -> [B, H, q_len, D]."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < q_len < kv_len:
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=q_len == kv_len and q_len > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def dense_mask(q_len: int, kv_len: int, device=None, block: int = 64) -> BlockMask:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
-from .base import LayerContext, Method, block_pairs, check_fields, keep_top, register
+from .base import LayerContext, Method, block_pairs, check_fields, keep_top, register, seen_first
 
 
 @register
@@ -18,8 +18,9 @@ class Oracle(Method):
 
     How many a row gets: as many as keep the most mass (or probability) of the whole head for its pairs, so that no other
     selection of whole blocks with as many pairs a head has a higher recall, up to one block. `threshold` instead of
-    `density` keeps, in all heads and layers alike, the blocks whose mass per visible pair exceeds it (and every row's best):
-    the ceiling also of methods that move pairs between heads and layers, as a threshold on a gate's scores does.
+    `density` keeps, in all heads and layers alike, the blocks whose mass per visible pair exceeds it (and of every row the
+    best one that all its queries see): the ceiling also of methods that move pairs between heads and layers, as a threshold
+    on a gate's scores does.
 
     Computes the dense attention map to select from it, so it says nothing about speed. by="max" is the teacher that
     SeerAttention distils (arXiv 2410.13276, section 3.2). The diagonal is kept only when it earns its place.
@@ -48,7 +49,6 @@ class Oracle(Method):
         scores = block_mass(q, k, ctx.scale, self.block, self.block, self.by)
         if self.threshold is not None:
             pairs = block_pairs(q.shape[2], k.shape[2], self.block, self.block, q.device)
-            kept = scores > self.threshold * pairs
-            kept.scatter_(-1, scores.argmax(-1, keepdim=True), True)
-            return BlockMask.from_dense(kept, q.shape[2], k.shape[2], self.block, self.block)
+            kept = seen_first(scores, k.shape[2] - q.shape[2], self.block, self.block) > self.threshold * pairs
+            return BlockMask.from_dense(kept, q.shape[2], k.shape[2], self.block, self.block, trusted=True)
         return keep_top(scores, q.shape[2], k.shape[2], self.block, self.block, self.density, across_rows=True)

@@ -14,8 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from ..kernels import resolve_impl
-from ..methods.base import Method
-from ..methods.dense import dense_attention
+from ..methods.base import Method, dense_attention
 from .rope import ModelContext, ModelRope, find_rotary
 from .trace import Trace
 

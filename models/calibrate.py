@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..methods.base import LayerContext, Method
-from ..methods.dense import dense_attention
+from ..methods.base import LayerContext, Method, dense_attention
 from .attach import attach
 
 STEPS = 16
@@ -57,7 +57,8 @@ def calibrate(
     if knob is None:
         raise ValueError(f"{method.name} has no knob: its density is fixed by its definition")
     low, high = method.knob_range
-    whole = isinstance(getattr(method, knob), int)
+    hint = typing.get_type_hints(type(method))[knob]  # not the value: 1.0 comes back from a stored cell as 1
+    whole = float not in (typing.get_args(hint) or (hint,))
     log = getattr(method, "knob_log", False)
     best: tuple[float, Method] | None = None
     for _ in range(STEPS):

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...kernels.block_mass import attention_map
-from ..base import LayerContext, Method, ModelSpec
-from ..dense import dense_attention
+from ..base import LayerContext, Method, ModelSpec, dense_attention
 from ..spec import parse_tokens
 from . import FORCED_VERTICAL, top_lines, vertical_slash_scores
 

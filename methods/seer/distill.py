@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...kernels.block_mass import block_mass
-from ..base import LayerContext, Method, ModelSpec
+from ..base import LayerContext, Method, ModelSpec, dense_attention
 from ..spec import parse_tokens
 from .gate import AttnGate
 from .weights import save_gates
@@ -85,7 +85,7 @@ class GateTrainer(Method):
             loss = gate_loss(gate(ctx.q_pre, ctx.k_pre, *tables), teacher, self.recipe.drop)
             (loss / self.recipe.batch).backward()
         self.losses.append(loss.detach())
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=ctx.scale, enable_gqa=q.shape[1] != k.shape[1])
+        return dense_attention(q, k, v, ctx.scale)
 
 
 def new_gates(model: ModelSpec, recipe: Recipe) -> list[AttnGate]:

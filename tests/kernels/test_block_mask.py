@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsebench.kernels import BlockMask, causal_blocks
+from sparsebench.kernels import BlockMask, block_mask, causal_blocks
 
 SIZES = {
     # q_len, kv_len, q_block, kv_block
@@ -190,6 +190,34 @@ def test_wrong_shapes_raise():
         BlockMask(num, index, 129, 129, 64, 64)
     with pytest.raises(ValueError, match="together or neither"):
         BlockMask(num, index, 128, 128, 64, 64, column_indices=index)
+    for column_num, columns in (
+        (num[..., :1], index),
+        (num, index[..., :1, :]),
+        (num.expand(2, 1, 2), index.expand(2, 1, 2, 2)),
+    ):
+        with pytest.raises(ValueError, match="column_num of"):
+            BlockMask(num, index, 128, 128, 64, 64, columns, column_num)
+
+
+@pytest.mark.parametrize("dense", [
+    torch.ones(1, 1, 4, 4, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool),
+], ids=["integers", "one block", "no heads"])  # fmt: skip
+def test_from_dense_refuses_what_would_broadcast_or_invert_wrongly(dense):
+    with pytest.raises(ValueError, match=r"takes bool \[B, H, 4, 4\]"):
+        BlockMask.from_dense(dense, 256, 256, 64, 64)
+
+
+def test_pieces_change_nothing(monkeypatch):
+    """from_dense and pairs work through large masks in pieces."""
+    size = SIZES["odd"]
+    dense = random_dense(*size)
+    whole, columns = BlockMask.from_dense(dense, *size), untiled([[], [0, 2, 69], [129], [0, 81, 90, 198]])
+    expected = columns.pairs()
+    monkeypatch.setattr(block_mask, "SCRATCH_ELEMENTS", 9)
+    pieces = BlockMask.from_dense(dense, *size)
+    assert torch.equal(whole.dense(), pieces.dense()) and torch.equal(whole.kv_num_blocks, pieces.kv_num_blocks)
+    assert torch.equal(pieces.pairs(), pieces.tokens().sum((-1, -2)))
+    assert torch.equal(columns.pairs(), expected)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -199,7 +227,8 @@ def test_to_flex_is_the_same_selection(size, window):
     mask = replace(BlockMask.from_dense(random_dense(*size, batch=1, heads=2), *size), window=window, sink=3, last=9)
     flex = mask.to_flex()
     i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
-    rules = flex.mask_mod(0, 0, i, j)
+    # All that FlexAttention looks at without torch.compile.
+    assert torch.equal(torch.stack([flex.mask_mod(0, h, i, j) for h in range(2)]), mask.tokens()[0])
     seen = torch.zeros(1, 2, q_len, kv_len, dtype=torch.bool)
     for num, index, whole in (
         (flex.kv_num_blocks, flex.kv_indices, False),
@@ -209,9 +238,20 @@ def test_to_flex_is_the_same_selection(size, window):
             rows = slice(r * size[2], (r + 1) * size[2])
             for block in index[0, h, r, : num[0, h, r]].tolist():
                 keys = slice(block * size[3], (block + 1) * size[3])
-                seen[0, h, rows, keys] = True if whole else rules[rows, keys]
+                seen[0, h, rows, keys] = True if whole else flex.mask_mod(0, h, i, j)[rows, keys]
     assert torch.equal(seen, mask.tokens())
     assert int(flex.full_kv_num_blocks.sum()) > 0 or window is not None
+
+
+def test_to_flex_repeats_kv_heads():
+    size = SIZES["square"]
+    mask = BlockMask.from_dense(random_dense(*size, batch=1, heads=2), *size)
+    flex = mask.to_flex(heads=6)
+    assert torch.equal(flex.to_dense().bool(), mask.dense().repeat_interleave(3, dim=1))
+    i, j = torch.arange(256)[:, None], torch.arange(256)
+    assert torch.equal(flex.mask_mod(0, 3, i, j), mask.tokens()[0, 1])
+    with pytest.raises(ValueError, match="2 heads does not fit 3"):
+        mask.to_flex(heads=3)
 
 
 def test_what_flex_and_dense_cannot_express_raises():

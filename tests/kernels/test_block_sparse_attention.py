@@ -240,6 +240,26 @@ def test_auto_is_triton_only_on_cuda(device):
     assert resolve_impl("reference", q) == "reference" and resolve_impl("triton", q) == "triton"
 
 
+def test_gradients_of_the_reference():
+    leaves = [x.requires_grad_() for x in tensors("cpu", 2, 2, 1, 6, 9, 2, torch.float64)]
+    tiled = random_mask("cpu", 2, 2, 6, 9, 4, 4)
+    num, first, columns = torch.tensor([[[1, 1]]]), torch.tensor([[[[1], [5]]]]), torch.tensor([[[[0, 0], [0, 3]]]])
+    mixed = BlockMask(num.int(), first.int(), 6, 9, 4, 4, columns.int(), torch.tensor([[[1, 2]]]).int(), kv_step=1)
+    for mask in (tiled, replace(tiled, window=3, sink=1, last=1), mixed):
+        assert torch.autograd.gradcheck(lambda *qkv, mask=mask: run("reference", *qkv, mask), leaves)
+
+
+def test_triton_refuses_to_lose_gradients(device):
+    mask = random_mask(device, 1, 2, 100, 100, 64, 64)
+    for n in range(3):
+        qkv = tensors(device)
+        qkv[n].requires_grad_()
+        with pytest.raises(ValueError, match="no backward yet"):
+            block_sparse_attention(*qkv, mask, impl="triton")
+        with torch.no_grad():
+            assert block_sparse_attention(*qkv, mask, impl="triton").isfinite().all()
+
+
 class LargestTensor(TorchDispatchMode):
     bytes = 0
 

@@ -147,6 +147,15 @@ def test_refuses_values_out_of_range(name, fields):
         METHODS[name](**fields)
 
 
+@pytest.mark.parametrize("fields", [{"threshold": 0.5}, {"density": 0.1}])
+def test_no_query_is_blind_when_a_chunk_starts_inside_a_block(fields):
+    q, k = torch.randn(1, 4, 90, 64), torch.randn(1, 2, 300, 64)
+    q[..., 0] += 5
+    k[:, :, 256:, 0] += 20  # the first row's best block begins after its first query
+    mask = sparsebench.select(METHODS["oracle"](**fields), q, k)
+    assert mask.tokens().any(-1).all()
+
+
 def test_threshold_is_the_ceiling_over_all_heads():
     """With as many pairs in all heads together, no fixed density a head keeps more mass than one threshold for all."""
     q, k = torch.randn(1, 4, 640, 16), torch.randn(1, 2, 640, 16)

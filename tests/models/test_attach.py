@@ -110,6 +110,7 @@ class PreRope(Method):
 
     def attend(self, q, k, v, ctx: LayerContext):
         if self.dim:
+            assert ctx.rope is not None
             self.seen["tables"] = ctx.rope(torch.arange(40), self.dim)
         self.seen.setdefault(ctx.layer, []).append((ctx.q_pre.detach(), ctx.k_pre.detach()))
         return Dense().attend(q, k, v, ctx)
