@@ -256,10 +256,13 @@ class BlockMask:
             raise ValueError(f"a query row would see no key: batch {b}, head {h}, query block {r}")
         return replace(self, trusted=True)
 
-    def to_flex(self, heads: int | None = None):
+    def to_flex(self, heads: int | None = None, compiled: bool = False):
         """The same selection as torch.nn.attention.flex_attention.BlockMask.
 
-        Args: heads: query heads, needed when H is the number of KV heads: FlexAttention takes a mask of 1 or of all heads.
+        Args:
+            heads: query heads, needed when H is the number of KV heads: FlexAttention takes a mask of 1 or of all heads.
+            compiled: for torch.compile(flex_attention) alone, which reads the block lists; without torch.compile they are
+                ignored, so by default mask_mod looks every pair's block up as well, at some cost.
         Raises: ValueError when the mask has columns or untiled blocks, which FlexAttention cannot express, or does not fit.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -273,16 +276,17 @@ class BlockMask:
                 raise ValueError(f"a mask of {own} heads does not fit {heads} query heads")
             dense, own = dense.repeat_interleave(heads // own, dim=1), heads
         q0 = self.row_bounds()[0]
-        offset, window, sink, tail = self.kv_len - self.q_len, self.window, self.sink, self.kv_len - self.last
+        q_block, kv_block, offset = self.q_block, self.kv_block, self.kv_len - self.q_len
+        window, sink, tail = self.window, self.sink, self.kv_len - self.last
 
         def mask_mod(b, h, q_idx, kv_idx):
             i = q_idx + offset
-            # Without torch.compile, FlexAttention never looks at the block lists, so this must know the blocks too.
-            listed = dense[b if batch > 1 else 0, h if own > 1 else 0, q_idx // self.q_block, kv_idx // self.kv_block]
-            visible = listed & (kv_idx <= i)
+            visible = kv_idx <= i
             if window is not None:
                 visible = visible & ((i - kv_idx < window) | (kv_idx < sink) | (i >= tail))
-            return visible
+            if compiled:
+                return visible
+            return visible & dense[b if batch > 1 else 0, h if own > 1 else 0, q_idx // q_block, kv_idx // kv_block]
 
         last_key = torch.arange(1, dense.shape[-1] + 1, device=self.device) * self.kv_block - 1
         full = dense & (last_key <= q0[:, None]) & (window is None)
