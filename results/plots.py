@@ -46,10 +46,16 @@ def _png(group: pd.DataFrame) -> bytes:
         axes.axhline(row["value"], color="black", linewidth=1.2, label="dense")
     sparse = group[(group["method"] != "dense") & group["density"].notna()]
     colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for number, (method, points) in enumerate(sparse.groupby("method", sort=True)):
-        _line(axes, str(method), points.sort_values("density"), colors[(2 * number + number // 10) % len(colors)])
-    if group["value"].max() > 10 * group["value"].min():
+    # Under --density a line is a method with its settings; settings given by hand are themselves the points of a line.
+    lines = sparse["label"].where(sparse["density_target"].notna(), sparse["method"])
+    for number, (name, points) in enumerate(sparse.groupby(lines, sort=True)):
+        _line(axes, str(name), points.sort_values("density"), colors[(2 * number + number // 10) % len(colors)])
+    rest = group.loc[group["method"] != "random", "value"]
+    low, high = rest.min(), rest.max()
+    if high > 10 * low:
         axes.set_yscale("log")
+    elif group["value"].max() > 2 * high:  # the floor is far away and would press all other lines into one
+        axes.set_ylim(low - 0.15 * (high - low) - 0.01 * low, high + 0.15 * (high - low) + 0.01 * high)
     axes.set_xlabel("measured density (selected / causally visible pairs)")
     axes.set_ylabel("perplexity (lower is better)")
     axes.set_title(f"{first['model']}: {first['task']}, {ctx_name(first['ctx_len'])} tokens, {first['dtype']}", fontsize=11)
@@ -69,4 +75,5 @@ def _line(axes: Axes, method: str, points: pd.DataFrame, color: Any) -> None:
     look: dict[str, Any] = {"color": color, "marker": "o", "capsize": 2, "elinewidth": 0.8}
     if method in FRAMING:
         look |= {"color": "dimgray", "linestyle": "--", "marker": "v" if method == "oracle" else "^"}
-    axes.errorbar(points["density"], points["value"], yerr=bars, label=method, **look)
+    worst = f" (up to {points['value'].max():.3g})" if method == "random" else ""
+    axes.errorbar(points["density"], points["value"], yerr=bars, label=method + worst, **look)

@@ -53,9 +53,11 @@ def compact(group: pd.DataFrame) -> tuple[list[str], pd.DataFrame]:
 
 
 def _aligned(table: pd.DataFrame) -> list[str]:
-    columns = [[name, "-" * len(name), *values] for name, values in table.to_dict("list").items()]
-    widths = [max(map(len, column)) for column in columns]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in zip(*columns)]
+    columns = []
+    for name, values in table.to_dict("list").items():
+        width = max(map(len, [name, *values]))
+        columns.append([cell.ljust(width) for cell in [name, "-" * width, *values]])
+    return ["  ".join(row).rstrip() for row in zip(*columns)]
 
 
 def _metric_columns(cell: pd.DataFrame) -> dict[str, str]:

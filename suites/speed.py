@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,13 +48,15 @@ class Speed(Suite):
         self.notes |= {"note": method.note, "kernel": "triton"} if method.note else {"kernel": "triton"}
         for metric, value, unit in _measure(method, q, k, v, ctx):
             yield Score(cell.task, SHAPE.name, metric, value, unit)
-        if ctx.mask is not None:
+        for name, context, prepare in _baselines(q, k, v, ctx.mask):
             try:
-                flex = _flex(q, k, v, ctx.mask)
-                for metric, value, unit in _timed("flex_ms", flex):
-                    yield Score(cell.task, SHAPE.name, metric, value, unit)
-            except Exception as error:  # a baseline that cannot run this mask is a blank with its reason, not a failure of ours
-                self.notes["flex"] = f"not timed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                with context:
+                    timed = list(_timed(f"{name}_ms", prepare()))
+            except Exception as error:  # a baseline that cannot run this is a blank with its reason, not a failure of ours
+                self.notes[name] = f"not timed: {type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+            for metric, value, unit in timed:
+                yield Score(cell.task, SHAPE.name, metric, value, unit)
 
 
 def _inputs(cell: Cell) -> tuple[Tensor, Tensor, Tensor, LayerContext]:
@@ -101,10 +104,18 @@ def _measure(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext)
         yield from _timed("attend_ms", lambda: block_sparse_attention(q, k, v, mask, scale=ctx.scale))
     pairs = int(mask.pairs().sum()) * q.shape[1] // mask.kv_num_blocks.shape[1]
     yield "tflops", 4 * q.shape[3] * pairs / total / 1e9, "TFLOP/s"
+
+
+def _baselines(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Iterator[tuple[str, AbstractContextManager, Any]]:
+    """(name, what must be active, function that makes the call to time); without a mask there is nothing for FlexAttention."""
+
+    def run_dense() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
     for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-        with sdpa_kernel(backend):
-            yield from _timed(f"{name}_ms", lambda: torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True))  # fmt: skip
+        yield name, sdpa_kernel(backend), lambda: run_dense
+    if mask is not None:
+        yield "flex", nullcontext(), lambda: _flex(q, k, v, mask)
 
 
 def _timed(metric: str, run: Callable[[], Any]) -> Generator[tuple[str, float, str], None, float]:
@@ -163,6 +174,8 @@ def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask,
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Past dynamo's limit of recompilations, which every mask counts towards, the call would quietly run uncompiled.
+    torch.compiler.reset()
     compiled, flex_mask = torch.compile(flex_attention), mask.to_flex()
     options = {"BLOCK_M": min(mask.q_block, 128), "BLOCK_N": min(mask.kv_block, 128)}
     return lambda: compiled(q, k, v, block_mask=flex_mask, enable_gqa=True, kernel_options=options)

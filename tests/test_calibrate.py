@@ -9,11 +9,11 @@ import torch
 
 from sparsebench.methods import METHODS
 from sparsebench.methods.a_shape import AShape, sink_and_window
-from sparsebench.methods.base import Method
-from sparsebench.methods.dense import dense_attention
+from sparsebench.methods.base import Method, dense_attention
 from sparsebench.methods.oracle import Oracle
 from sparsebench.methods.random_blocks import RandomBlocks
 from sparsebench.methods.seer import AttnGate, Seer
+from sparsebench.methods.spec import build
 from sparsebench.models import load
 from sparsebench.models.calibrate import calibrate, capture_layers, knob_setting
 
@@ -100,6 +100,11 @@ def test_a_method_with_its_own_attend(layers):
     pairs = sum(min(i + 1, int(found.local)) for i in range(LENGTH))
     assert pairs / (LENGTH * (LENGTH + 1) / 2) == pytest.approx(0.3, rel=0.01)
     assert calibrate(OwnKernel(), 1.0, layers, as_it_is).local >= LENGTH - 20  # dense when it reports no mask
+
+
+def test_a_number_that_was_stored_as_a_whole_one_still_turns(layers):
+    found = calibrate(build("random", {"density": 1, "block": 32}), 0.3, layers, as_it_is)
+    assert counted_density(found, layers) == pytest.approx(0.3, rel=0.01)
 
 
 def test_a_method_without_a_knob_is_refused(layers):

@@ -31,7 +31,7 @@ from pathlib import Path
 import time
 
 from sparsebench.methods import Method, register
-from sparsebench.methods.dense import dense_attention
+from sparsebench.methods.base import dense_attention
 
 
 @register
@@ -182,12 +182,15 @@ def test_bad_output_folders(bench):
     assert status == 2 and "/proc/nothing/here" in err and len(err.splitlines()) == 1
 
 
-def test_plan_and_list_run_nothing(bench):
+def test_plan_and_list_run_nothing(bench, tmp_path):
     status, out, _ = bench("--plan --suites perplexity,speed --methods a_shape,random --density 0.25,0.5 --ctx 128,2k")
     assert status == 0 and not bench.out.exists()
     lines = out.splitlines()
     assert len([line for line in lines if line.startswith("perplexity")]) == 2 * (1 + 2 * 2)  # dense once a context
     assert all(("skipped" in line) == (" 2048 " in line or line.startswith("speed")) for line in lines)
+    plugin = write_plugin(tmp_path, own="pass")
+    assert "  own            A method of the user's." in bench("--list --plugin", plugin)[1].splitlines()
+    METHODS.pop("own")
     status, out, _ = bench("--list")
     assert status == 0 and not bench.out.exists()
     assert {*METHODS, *SUITES, *MODELS} <= {line.split()[0] for line in out.splitlines()}
@@ -272,6 +275,23 @@ def test_iso_density_rows(bench):
     assert set(turned["prov_calibrated_on"]) == {"pydoc (train)"}  # this file has no documents apart from those evaluated
 
 
+def test_the_plug_ins_fields_may_be_lists(bench, tmp_path):
+    fields = "heads: list = field(default_factory=lambda: [1, 2])\n    density: float = 1.0\n    knob = 'density'\n    name"
+    plugin = write_plugin(tmp_path, own="ctx.mask = METHODS['random'](density=self.density, block=16).select(q, k, ctx)")
+    code = plugin.read_text().replace("    name", f"    {fields}", 1).replace("import dataclass", "import dataclass, field")
+    plugin.write_text(code.replace("import Method,", "import METHODS, Method,"))
+    status, out, _ = bench("--methods own --suites perplexity,fidelity --density 0.4 --ctx 256 --plugin", plugin)
+    assert status == 0, out
+    assert bench.rows(method="own")["density"].to_numpy() == pytest.approx(0.4, rel=0.03)
+
+
+def test_no_text_to_calibrate_on(bench):
+    write_corpus(bench.corpus, [40, 300], ["train", "eval"])
+    assert bench("--methods random --density 0.4 --ctx 256")[0] == 1
+    (reason,) = bench.rows(method="random")["reason"]
+    assert "no text to turn the knob on" in reason and "1 are shorter" in reason and '"split": "train"' in reason
+
+
 @pytest.mark.parametrize("splits", [None, ["train", "eval", "eval"], ["train", None, "eval"]])
 def test_never_calibrates_on_what_is_evaluated(bench, monkeypatch, splits):
     write_corpus(bench.corpus, [300] * 3, splits)
@@ -313,7 +333,7 @@ def test_seer_without_a_gate_says_how_to_get_one(bench):
     assert set(bench.rows(method="random")["status"]) == {"ok"}
 
 
-def test_the_content_of_files_is_part_of_the_identity(bench, tmp_path):
+def test_the_content_of_files_is_part_of_the_identity(bench, tmp_path, monkeypatch):
     def keys(words, *more):
         return {job.method.name: job.cell.key for job in run_bench.plan(run_bench.parse(bench.argv(words, *more)))}
 
@@ -326,6 +346,11 @@ def test_the_content_of_files_is_part_of_the_identity(bench, tmp_path):
     write_corpus(bench.corpus, [300, 290, 281])
     third = keys("--methods own,dense --plugin", plugin)
     assert all(third[name] != second[name] for name in third)
+    topics = [keys("--methods dense --corpus pydoc")]
+    with monkeypatch.context() as patched:  # another Python has other topics
+        patched.setattr(run_bench, "corpus_file", lambda source: str(bench.corpus) if source == "pydoc" else None)
+        topics.append(keys("--methods dense --corpus pydoc"))
+    assert topics[0] != topics[1]
     gate = tmp_path / "gate"
     gate.mkdir()
     weights = []

@@ -78,6 +78,35 @@ def test_bad_files(tmp_path, name, content, message):
         check_corpus(f"file:{path}")
 
 
+@pytest.mark.parametrize("corpus", ["pg19", "some/dataset"])
+def test_without_a_network_the_hub_is_asked_once(monkeypatch, corpus):
+    asked = []
+
+    def info(self, name, **options):
+        asked.append(name)
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: pytest.fail("would retry for half a minute"))
+    with pytest.raises(ValueError, match=r"cannot read .* offline, use pydoc or file:PATH \(OSError: no network\)$"):
+        next(read_documents(corpus, "eval"))
+    assert len(asked) == 1
+
+
+def test_the_hub_is_streamed(monkeypatch):
+    wanted = []
+
+    def load(name, **options):
+        wanted.append((name, options["split"], options["streaming"]))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, **options: None)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert [(d.id, d.text) for d in read_documents("pg19", "eval")] == [("0", "one"), ("1", "two")]
+    assert [d.text for d in read_documents("proof_pile", "train")] == ["one", "two"]
+    assert wanted == [("emozilla/pg19", "test", True), ("hoskinson-center/proof-pile", "train", True)]
+
+
 def test_unknown_corpus():
     with pytest.raises(ValueError, match="unknown corpus 'pg20'"):
         check_corpus("pg20")

@@ -7,9 +7,10 @@ import torch
 
 from sparsebench.kernels import BlockMask
 from sparsebench.methods.a_shape import AShape
-from sparsebench.methods.base import select
+from sparsebench.methods.base import LayerContext, select
 from sparsebench.methods.minference import MInference
 from sparsebench.methods.random_blocks import RandomBlocks
+from sparsebench.suites import speed
 from sparsebench.suites.base import Cell
 from sparsebench.suites.speed import MOST_ERROR, SHAPE, Speed, sampled_error
 
@@ -82,6 +83,29 @@ def test_sampled_error_tells_the_selection_from_its_neighbours():
 
 def test_no_cpu_time_is_ever_a_result():
     assert Speed.needs_gpu and not Speed.needs_model
+
+
+def test_a_baseline_that_cannot_run_is_a_blank_with_its_reason(monkeypatch):
+    q, k, v = tensors(128, 128)
+    ctx = LayerContext(0, "prefill", SCALE, v, torch.arange(128), q=q, k=k)
+
+    def measure(method, q, k, v, ctx):
+        ctx.mask = method.select(q, k, ctx)
+        yield "total_ms", 2.0, "ms"
+
+    def no_flex(*tensors):
+        raise RuntimeError("no such mask\nat all")
+
+    monkeypatch.setattr(speed, "_inputs", lambda cell: (q, k, v, ctx))
+    monkeypatch.setattr(speed, "_measure", measure)
+    monkeypatch.setattr(speed, "_flex", no_flex)
+    monkeypatch.setattr(speed, "event_times", lambda run: torch.tensor([1.0, 2.0, 3.0]) if run() is None else None)
+    suite = Speed()
+    cell = Cell(SHAPE.name, "", "random", {}, "speed", "attention", 128, None, None, 0, "float32", "cpu")
+    scores = {score.metric: score.value for score in suite.run(None, cell)}
+    assert scores.keys() == {"total_ms", "fa2_ms", "fa2_p20_ms", "fa2_p80_ms"} and scores["fa2_ms"] == 2
+    assert suite.notes["flex"] == "not timed: RuntimeError: no such mask"
+    assert suite.notes["cudnn"].startswith("not timed: RuntimeError")  # on a CPU there is none
 
 
 @pytest.mark.gpu
