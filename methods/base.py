@@ -98,7 +98,8 @@ class Method:
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})
     knob: ClassVar[str | None] = None  # the field that moves density
     knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # sparsest and densest value, in this order
-    needs: ClassVar[str] = "nothing"  # "training", "search" or "nothing"
+    knob_log: ClassVar[bool] = False  # whether the values in between lie on a log scale
+    needs: ClassVar[str] = "nothing"  # or "training": select() fails without a trained part
 
     def score(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
         """Importance of key blocks, [B, H, NQ, NK]. The best ones of every row are kept up to the fields `density` and
@@ -290,8 +291,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     )
 
 
-def dense_mask(q_len: int, kv_len: int, device=None, block: int = 64) -> BlockMask:
-    """The BlockMask of all causal blocks, [1, 1, NQ, NK]."""
+def dense_mask(q_len: int, kv_len: int, device=None) -> BlockMask:
+    """The BlockMask of all causal blocks of 64 tokens, [1, 1, NQ, NK]."""
+    block = 64
     visible = causal_blocks(q_len, kv_len, block, block, device)[None, None]
     num = visible.sum(-1, dtype=torch.int32)
     index = torch.arange(visible.shape[-1], dtype=torch.int32, device=device).expand(visible.shape).contiguous()

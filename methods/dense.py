@@ -12,9 +12,7 @@ from .base import LayerContext, Method, dense_attention, register
 @register
 @dataclass(frozen=True)
 class Dense(Method):
-    """softmax(scale * q k^T, causal) v through torch's scaled_dot_product_attention, which picks the kernel.
-
-    On an H100 with bf16 or fp16 that is cuDNN's, elsewhere on CUDA FlashAttention-2."""
+    """softmax(scale * q k^T, causal) v through torch's scaled_dot_product_attention, which picks the kernel: on an H100, cuDNN's."""
 
     name = "dense"
     phases = frozenset({"prefill", "decode"})

@@ -59,7 +59,7 @@ def calibrate(
     low, high = method.knob_range
     hint = typing.get_type_hints(type(method))[knob]  # not the value: 1.0 comes back from a stored cell as 1
     whole = float not in (typing.get_args(hint) or (hint,))
-    log = getattr(method, "knob_log", False)
+    log = method.knob_log
     best: tuple[float, Method] | None = None
     for _ in range(STEPS):
         middle = math.sqrt(max(low, 1e-9) * max(high, 1e-9)) if log else (low + high) / 2

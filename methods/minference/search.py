@@ -78,11 +78,6 @@ def _diagonals(slash: Tensor, end: int, rows: int) -> Tensor:
     return reverse.as_strided((batch, heads, rows, end), (heads * width, width, 1, 1), length - end)
 
 
-def search_head_configs(q: Tensor, k: Tensor, scale: float, candidates: Sequence[Candidate] = GRID) -> Tensor:
-    """Index [H] of the candidate that keeps the most attention mass in every head; ties go to the first. See kept_mass()."""
-    return kept_mass(q, k, scale, candidates).argmax(0)
-
-
 @dataclass(frozen=True)
 class _Probe(Method):
     """Runs the model dense and adds up every layer's kept mass, [layers] of [candidates, H]."""

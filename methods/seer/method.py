@@ -145,7 +145,7 @@ class Seer(Method):
         if isinstance(gate, AttnGate):
             return gate if gate.mask_linear_k.weight.device == q.device else copy.deepcopy(gate).to(q.device)
         if gate is None:
-            raise ValueError(f"seer has no trained gate; {HOW_TO_GET}")
+            raise ValueError(f"seer has no trained gate; prepare() loads the one that ships for a model, or {HOW_TO_GET}")
         if not isinstance(gate, LayerGates):  # plain tensors, nothing was prepared: read at every call
             gate = load_gates(gate, ModelSpec("the given q and k", 0, q.shape[1], k.shape[1], q.shape[3]))
         return gate.at(ctx.layer, q.device)

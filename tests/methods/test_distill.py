@@ -18,6 +18,7 @@ from sparsebench.models import zoo
 from sparsebench.models.calibrate import capture_layers
 
 SPEC = ModelSpec("tiny", layers=2, heads=4, kv_heads=2, head_dim=32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(block=32, gate_dim=32, steps=40, warmup=5, lr=3e-3)
 
 
@@ -62,15 +63,6 @@ def test_loss_is_the_mean_divergence_of_the_late_rows():
     assert logits.grad[:, :, :2].eq(0).all() and logits.grad.triu(1).eq(0).all()
     perfect = teacher.log().clamp(min=-1e9)
     assert gate_loss(perfect, teacher).abs() < 1e-6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small lose time to threads, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

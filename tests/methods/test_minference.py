@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsebench
 from sparsebench.kernels.vertical_slash import vertical_slash_mask
@@ -10,7 +11,8 @@ from sparsebench.methods import METHODS
 from sparsebench.methods.base import ModelSpec
 from sparsebench.methods.minference import search as head_search
 from sparsebench.methods.minference import top_lines, vertical_slash_scores
-from sparsebench.methods.minference.search import Candidate, kept_mass, search_head_configs
+from sparsebench.methods.minference.search import Candidate, kept_mass
+from sparsebench.models import zoo
 
 MInference = METHODS["minference"]
 BUDGETS = [(100, 200), (30, 200), (500, 100)]
@@ -203,21 +205,19 @@ def test_search_finds_the_pattern_of_every_head():
     angle = position * (0.7 / 100)
     far[2, :, :2] = near[2, :, :2] = torch.stack([angle.cos(), angle.sin()], dim=-1) * 9
     candidates = [Candidate(40, 31), Candidate(30, 60), Candidate(1, 220, static=True)]
-    assert search_head_configs(far[None], near[None], 1.0, candidates).tolist() == [0, 1, 2]
+    assert kept_mass(far[None], near[None], 1.0, candidates).argmax(0).tolist() == [0, 1, 2]
 
 
 def test_head_search_command(tmp_path, monkeypatch, capsys):
     """The command on a random two-layer Llama and a small grid: its file fits the model and its budgets are the grid's."""
     grid = [(30, 80), (60, 50), (10, 70)]
     monkeypatch.setattr(head_search, "GRID", [Candidate(*grid[0]), Candidate(*grid[1]), Candidate(*grid[2], static=True)])
-    transformers = pytest.importorskip("transformers")
-    zoo = pytest.importorskip("sparsebench.models.zoo")
-    config = transformers.LlamaConfig(
+    config = LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=100
     )
     spec = ModelSpec("tiny", 2, 4, 2, 16)
     loaded = zoo.LoadedModel(
-        model=transformers.LlamaForCausalLM(config).eval(), tokenizer=WordNumbers(), spec=spec, revision="", max_ctx=2048
+        model=LlamaForCausalLM(config).eval(), tokenizer=WordNumbers(), spec=spec, revision="", max_ctx=2048
     )
     monkeypatch.setattr(zoo, "load", lambda name, **options: loaded)
     text = tmp_path / "text.txt"
