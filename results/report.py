@@ -33,9 +33,9 @@ def render(frame: pd.DataFrame, plots: Iterable[Path], title: str) -> str:
     body = [f"<h1>{escape(title)}</h1>"]
     if table.empty:
         body.append("<p>No results yet.</p>")
-    for (suite, model), group in table.groupby(["suite", "model"], sort=True):
-        shared, rows = compact(group)
-        body += [f"<h2>{escape(', '.join([suite, model, *shared]))}</h2>", _html(rows)]
+    for _, group in table.groupby(["suite", "model"], sort=True):
+        heading, rows = compact(group)
+        body += [f"<h2>{escape(heading)}</h2>", _html(rows)]
     if not table.empty:
         body.append(
             "<p>In brackets: 95 % bootstrap intervals over documents or examples (n = 1 has none). Density is measured.</p>"

@@ -21,15 +21,15 @@ def print_table(frame: pd.DataFrame) -> str:
     """The tables of a terminal: one per suite and model, with what was skipped, what failed and what looks wrong below."""
     table = summary(frame)
     parts = []
-    for (suite, model), group in table.groupby(["suite", "model"], sort=True):
-        shared, rows = compact(group)
-        parts.append("\n".join([", ".join([suite, model, *shared]), *_aligned(rows)]))
+    for _, group in table.groupby(["suite", "model"], sort=True):
+        title, rows = compact(group)
+        parts.append("\n".join([title, *_aligned(rows)]))
     return "\n\n".join(parts + ["\n".join(lines) for lines in (alarms(table), problems(frame)) if lines]) or "no results yet"
 
 
-def compact(group: pd.DataFrame) -> tuple[list[str], pd.DataFrame]:
-    """(what all rows share, the rows as text) of one suite and model in summary(): a row per cell and task, a column per
-    metric, "value [95 % interval]", and the ratio to dense of the first metric."""
+def compact(group: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """(title with what all rows share, the rows as text) of one suite and model in summary(): a row per cell and
+    task, a column per metric, "value [95 % interval]", and the ratio to dense of the first metric."""
     extra = [name for name in ("density_target", *varying(group)) if group[name].notna().any()]
     tasks = _short_tasks(group["task"].unique())
     rows = []
@@ -49,7 +49,7 @@ def compact(group: pd.DataFrame) -> tuple[list[str], pd.DataFrame]:
     table = table[[name for name in table if name not in late] + late]
     shared = [name for name in ("task", "n") if name in table and table[name].nunique() == 1]
     said = [table[name].iloc[0] if name == "task" else f"{name} = {table[name].iloc[0]}" for name in shared]
-    return said, table.drop(columns=shared)
+    return ", ".join([*group[["suite", "model"]].iloc[0], *said]), table.drop(columns=shared)
 
 
 def _aligned(table: pd.DataFrame) -> list[str]:
@@ -71,7 +71,7 @@ def _metric_columns(cell: pd.DataFrame) -> dict[str, str]:
 
 
 def _short_tasks(tasks: Iterable[str]) -> dict[str, str]:
-    """ "file:some/where/books.jsonl" -> "books.jsonl" where that names one task only."""
+    """Of files the name alone where that names one task only: file:some/where/books.jsonl -> books.jsonl."""
     short = {task: task.rsplit("/", 1)[-1].removeprefix("file:") if task.startswith("file:") else task for task in tasks}
     names = list(short.values())
     return {task: name if names.count(name) == 1 else task for task, name in short.items()}
