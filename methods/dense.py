@@ -12,7 +12,7 @@ from .base import LayerContext, Method, dense_attention, register
 @register
 @dataclass(frozen=True)
 class Dense(Method):
-    """softmax(scale * q k^T, causal) v through torch's scaled_dot_product_attention; torch picks the kernel, on an H100 cuDNN's."""
+    """softmax(scale * q k^T, causal) v through torch's scaled_dot_product_attention (on an H100 it picks cuDNN)."""
 
     name = "dense"
     phases = frozenset({"prefill", "decode"})
