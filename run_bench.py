@@ -165,7 +165,7 @@ def make_job(
     suite = SUITES[suite_name]
     if method.knob is None:
         density = None  # fixed by the method's definition; the row's measured density says what it is
-    params = file_digests(method) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
+    params = file_digests(method, model) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
         model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
         suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=args.limit if suite.needs_model else None,
@@ -299,9 +299,10 @@ def _words(parts: list[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", " ".join(parts)))))
 
 
-def file_digests(method: Method) -> dict[str, str]:
-    """The content of files and folders that settings name (a gate) is part of a result's identity."""
+def file_digests(method: Method, model: str) -> dict[str, str]:
+    """Content of files and folders that settings name or that ship for the model (a gate): part of a result's identity."""
     named = {name: value for name, value in method.params().items() if isinstance(value, str)}
+    named |= {path.name: str(path) for path in method.files(model)}
     return {f"{name}_sha256": digest(value) for name, value in named.items() if Path(value).expanduser().exists()}
 
 

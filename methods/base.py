@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -125,6 +126,10 @@ class Method:
         Raises: ValueError with what is missing and how to get it.
         """
         return self
+
+    def files(self, model_name: str) -> list[Path]:
+        """Files and folders, besides those the fields name, that prepare() reads for a model: part of a result's identity."""
+        return []
 
     def synthetic(self, model: ModelSpec, seed: int) -> Method:
         """The method as the speed suite runs it on random tensors, where nothing can be trained or searched."""

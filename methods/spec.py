@@ -28,14 +28,20 @@ def parse_tokens(text: str) -> int:
 
 
 def build(name: str, params: dict[str, Any]) -> Method:
-    """A method from its name and its params(); entries that are no fields (hashes) are passed over.
+    """A method from its name and its params(); entries that are no fields (hashes) are passed over, and whole numbers become
+    floats again where JSON lost the point.
 
     Raises: ValueError for an unknown method or a value out of range.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
     cls: Any = METHODS[name]
-    return cls(**{f.name: params[f.name] for f in dataclasses.fields(cls) if f.init and f.name in params})
+    hints = typing.get_type_hints(cls)
+    values = {f.name: params[f.name] for f in dataclasses.fields(cls) if f.init and f.name in params}
+    for field, value in values.items():
+        if type(value) is int and float in (kinds := _options(hints.get(field))) and int not in kinds:
+            values[field] = float(value)
+    return cls(**values)
 
 
 def parse_methods(text: str) -> list[Method]:

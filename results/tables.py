@@ -212,6 +212,6 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     board = pd.DataFrame(list(rows.values()))
     lead = [*ROW[:3], *TEXT, *ROW[3:]]
     filled = [name for name in board.columns if name not in lead and board[name].notna().any()]
-    board = board.reindex(columns=[*lead, *filled])
+    board = board.reindex(columns=[*lead, *sorted(filled, key=lambda name: name in PROVENANCE)])
     order = board.assign(sparse=board["method"] != "dense")
     return board.loc[order.sort_values(["model", "sparse", "label", "density_target"]).index].reset_index(drop=True)

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
+import tabulate
 
 from .tables import ctx_name, labelled, metric_name, summary, varying
 
+tabulate.MIN_PADDING = 0  # as narrow as their cells: the tables fit 120 columns
 ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 SPEED_COLUMNS = {  # what the terminal and the report show of the speed suite, in this order
     "total_ms": "total ms", "select_ms": "select", "attend_ms": "attend", "speedup_fa2": "x fa2", "speedup_cudnn": "x cudnn",
@@ -23,7 +25,7 @@ def print_table(frame: pd.DataFrame) -> str:
     parts = []
     for _, group in table.groupby(["suite", "model"], sort=True):
         title, rows = compact(group)
-        parts.append("\n".join([title, *_aligned(rows)]))
+        parts.append(f"{title}\n" + tabulate.tabulate(rows.to_dict("list"), headers="keys", disable_numparse=True))
     return "\n\n".join(parts + ["\n".join(lines) for lines in (alarms(table), problems(frame)) if lines]) or "no results yet"
 
 
@@ -50,14 +52,6 @@ def compact(group: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     shared = [name for name in ("task", "n") if name in table and table[name].nunique() == 1]
     said = [table[name].iloc[0] if name == "task" else f"{name} = {table[name].iloc[0]}" for name in shared]
     return ", ".join([*group[["suite", "model"]].iloc[0], *said]), table.drop(columns=shared)
-
-
-def _aligned(table: pd.DataFrame) -> list[str]:
-    columns = []
-    for name, values in table.to_dict("list").items():
-        width = max(map(len, [name, *values]))
-        columns.append([cell.ljust(width) for cell in [name, "-" * width, *values]])
-    return ["  ".join(row).rstrip() for row in zip(*columns)]
 
 
 def _metric_columns(cell: pd.DataFrame) -> dict[str, str]:

@@ -176,6 +176,6 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], Any]
 
     # Past dynamo's limit of recompilations, which every mask counts towards, the call would quietly run uncompiled.
     torch.compiler.reset()
-    compiled, flex_mask = torch.compile(flex_attention), mask.to_flex()
+    compiled, flex_mask = torch.compile(flex_attention), mask.to_flex(q.shape[1], compiled=True)
     options = {"BLOCK_M": min(mask.q_block, 128), "BLOCK_N": min(mask.kv_block, 128)}
     return lambda: compiled(q, k, v, block_mask=flex_mask, enable_gqa=True, kernel_options=options)

@@ -82,9 +82,12 @@ class Seer(Method):
             return replace(self, gate=LayerGates([copy.deepcopy(self.gate)], source="AttnGate").check(model))
         if self.gate is not None:
             return replace(self, gate=load_gates(self.gate, model, source=str(self.gate)))
-        if not shipped_gate(model).is_dir():
+        if not shipped_gate(model.name).is_dir():
             raise ValueError(f"no trained gate ships for {model.name}; {HOW_TO_GET}")
-        return replace(self, gate=load_gates(shipped_gate(model), model))
+        return replace(self, gate=load_gates(shipped_gate(model.name), model))
+
+    def files(self, model_name: str) -> list[Path]:
+        return [shipped_gate(model_name)] if self.gate is None and shipped_gate(model_name).is_dir() else []
 
     def synthetic(self, model: ModelSpec, seed: int) -> Seer:
         """With a random gate of the released kind, and nz_ratio=0.1 where no field chooses: random scores have no threshold."""

@@ -81,9 +81,9 @@ def _text(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def shipped_gate(model: ModelSpec) -> Path:
-    """The folder where a gate for `model` would ship with sparsebench."""
-    return SHIPPED / re.sub(r"[^\w.-]+", "--", model.name)
+def shipped_gate(model_name: str) -> Path:
+    """The folder where a gate for a model of this name would ship with sparsebench."""
+    return SHIPPED / re.sub(r"[^\w.-]+", "--", model_name)
 
 
 def load_gates(path: str | Path, model: ModelSpec, *, source: str | None = None) -> LayerGates:
