@@ -17,7 +17,7 @@ BLOCK = 64
 @register
 @dataclass(frozen=True)
 class AShape(Method):
-    """Query i sees key j when i - j < local or j < init.
+    """Sink and sliding window: query i sees key j when i - j < local or j < init.
 
     Source: StreamingLLM's mask (Xiao et al. 2023, arXiv 2309.17453) applied to prefill, the "A-shape" of MInference (arXiv
     2407.02490, section 3.2) with its code's defaults. The same for every head and every input. Dense when init + local >= L.

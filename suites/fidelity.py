@@ -20,9 +20,9 @@ from .corpora import token_windows
 
 @register_suite
 class Fidelity(Suite):
-    """recall = softmax mass of the dense attention on the selected keys, mean over queries;
-    error = ||out - dense|| / ||dense||.
+    """What a selection keeps of the dense attention, layer by layer and head by head: recall and output error.
 
+    recall = softmax mass on the selected keys, mean over queries; error = ||out - dense|| / ||dense||.
     Every layer sees the q, k, v of the dense model, so errors do not build up. The cell's task is the corpus; an example is
     "document/layer/head". Density is a score of its own here: what ran in that layer and head.
     """

@@ -20,8 +20,9 @@ SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 @register_suite
 class Perplexity(Suite):
-    """Per document of at least ctx_len tokens, truncated to ctx_len: summed negative log-likelihood and predicted tokens.
+    """Perplexity of long documents under the attached method.
 
+    Per document of at least ctx_len tokens, truncated to ctx_len: summed negative log-likelihood and predicted tokens;
     perplexity = exp(total nll / total tokens) is formed in results/tables.py. The cell's task is the corpus.
     """
 

@@ -25,8 +25,9 @@ MOST_ERROR = 1e-2  # relative, bf16 operands; a wrong kernel gets no time
 
 @register_suite
 class Speed(Suite):
-    """Median, 20th and 80th percentile of device-event times in ms on random q, k, v, B = 1, causal, bf16.
+    """Times of one layer on a GPU: selection, attention, and the dense kernels beside them.
 
+    Median, 20th and 80th percentile of device-event times in ms on random q, k, v, B = 1, causal, bf16.
     total = the method end to end as a user calls it; select and attend are its two halves timed alone. fa2, cudnn and flex
     (FlexAttention over the same BlockMask) are timed on the same inputs in the same cell. tflops counts 4 D per selected pair.
     A method's output is checked against the reference on three query blocks before anything is timed.

@@ -31,7 +31,9 @@ HOW_TO_GET = f"give one with seer:gate=PATH, or train one: {TRAIN}"
 @register
 @dataclass(frozen=True)
 class Seer(Method):
-    """A trained gate (AttnGate) scores every key block from q and k before RoPE; S = softmax(block-causal gate logits), fp32.
+    """A trained gate (AttnGate) scores every key block from q and k before RoPE.
+
+    S = softmax(block-causal gate logits), fp32.
 
     At most one of four fields says what a row keeps (none means threshold=2e-3; the paper's 5e-4 on RULER, 2e-3 on LongBench):
         threshold   blocks with S > threshold (strict)
