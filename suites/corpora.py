@@ -18,6 +18,7 @@ HUB = {
     "proof_pile": ("hoskinson-center/proof-pile", "refs/convert/parquet"),
 }
 HUB_TIMEOUT_S = 10
+SPLITS = {"train": ("train",), "eval": ("eval", "test", "validation")}  # as files name them
 PYDOC_CHARS = 48_000  # about 12k tokens: long enough for 8k contexts
 
 
@@ -69,7 +70,7 @@ def read_documents(source: str, split: str) -> Iterator[Document]:
 
     Raises: ValueError for an unknown source, a missing, empty or malformed file, or an unreachable hub.
     """
-    if split not in ("train", "eval"):
+    if split not in SPLITS:
         raise ValueError(f"split is 'train' or 'eval', got {split!r}")
     if source == "pydoc":
         return _pydoc(split)
@@ -103,7 +104,7 @@ def _from_file(path: Path, split: str) -> Iterator[Document]:
     if path.suffix != ".jsonl":
         return iter([Document(path.stem, content)])
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also cut inside strings, at U+2028 and others
         if not line.strip():
             continue
         try:
@@ -114,7 +115,7 @@ def _from_file(path: Path, split: str) -> Iterator[Document]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number} is not a JSON object with a "text"') from error
         documents.append((record.get("split"), Document(str(record.get("id", number)), text)))
-    chosen = [d for own_split, d in documents if own_split in (None, split)]
+    chosen = [d for own_split, d in documents if own_split is None or own_split in SPLITS[split]]
     if not chosen:
         raise ValueError(f"corpus file {path} has no document for split {split!r}")
     return iter(chosen)

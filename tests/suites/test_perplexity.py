@@ -55,6 +55,14 @@ def test_splits_of_a_file(tmp_path):
     assert [d.id for d in read_documents(f"file:{path}", "eval")] == ["y", "z"]
 
 
+def test_lines_end_at_newlines_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"split": "test", "text": "one\u2028two\x85three"}, {"split": "train", "text": "four"}]
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
+    assert [d.text for d in read_documents(f"file:{path}", "eval")] == ["one\u2028two\x85three"]
+    assert [d.text for d in read_documents(f"file:{path}", "train")] == ["four"]
+
+
 def test_embedded_corpus_splits_share_no_document():
     train, evaluation = ({d.text for d in read_documents("pydoc", split)} for split in ("train", "eval"))
     assert train and evaluation and not train & evaluation
