@@ -266,7 +266,7 @@ def block_sparse_attention_fwd_kernel(
         tl.store(lse + i_bh.to(tl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
 
 
-def _launch_options(q: Tensor, k: Tensor) -> dict:
+def _launch_options(q: Tensor, k: Tensor, kv_block: int) -> dict:
     """Tile shape, heads that take turns, warps and stages; measured on an H100 (docs/kernels.md)."""
     if q.dtype == torch.float32:  # exact fp32 products run on the ordinary cores; wider tiles spill registers
         return dict(BM=64, BN=16, together=1, num_warps=8, num_stages=1)
@@ -274,7 +274,7 @@ def _launch_options(q: Tensor, k: Tensor) -> dict:
     if 2 * heads * kv_len * dim * q.element_size() <= L2_SHARE:
         together = q.shape[1]
     else:
-        together = q.shape[1] // heads if kv_len > 8192 else 1
+        together = q.shape[1] // heads if kv_len > 8192 and kv_block == 64 else 1
     if dim > 128:
         return dict(BM=64, BN=32, together=together, num_warps=4, num_stages=2)
     return dict(BM=64, BN=64, together=together, num_warps=4, num_stages=3)
@@ -313,7 +313,7 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("the Triton kernel has no backward yet: run it under torch.no_grad(), or with impl='reference'")
     q, k, v = (_aligned(x) for x in (q, k, v))
-    options = _launch_options(q, k)
+    options = _launch_options(q, k, mask.kv_block)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
