@@ -34,7 +34,7 @@ from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest
 from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell
-from sparsebench.suites.base import NotApplicable
+from sparsebench.suites.base import NotApplicable, first_line
 from sparsebench.suites.corpora import calibration_corpus, check_corpus, corpus_file, token_windows
 
 DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
@@ -205,7 +205,7 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
         except NotApplicable as error:
             status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error))
         except Exception as error:  # whatever a cell raises is its result; the others must still run
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
             status, reason = store.write(job.cell, [], facts | about, status="failed", reason=reason)
         if status == "failed":
             failed += 1
@@ -300,10 +300,8 @@ def _words(parts: list[str]) -> list[str]:
 
 
 def file_digests(method: Method, model: str) -> dict[str, str]:
-    """Content of files and folders that settings name or that ship for the model (a gate): part of a result's identity."""
-    named = {name: value for name, value in method.params().items() if isinstance(value, str)}
-    named |= {path.name: str(path) for path in method.files(model)}
-    return {f"{name}_sha256": digest(value) for name, value in named.items() if Path(value).expanduser().exists()}
+    """Content of the files that the method reads for the model (a gate): part of a result's identity."""
+    return {f"{path.name}_sha256": digest(str(path)) for path in method.files(model) if path.exists()}
 
 
 def device_name(device: str) -> str:
@@ -332,11 +330,11 @@ def listing(plugin: str | None) -> str:
     if plugin:
         load_plugin(plugin)
 
-    def first_line(cls: type) -> str:
+    def says(cls: type) -> str:
         return (cls.__doc__ or "").strip().splitlines()[0]
 
-    lines = ["methods:", *(f"  {name:14} {first_line(cls)}" for name, cls in sorted(METHODS.items()))]
-    lines += ["suites:", *(f"  {name:14} {first_line(cls)}" for name, cls in sorted(SUITES.items()))]
+    lines = ["methods:", *(f"  {name:14} {says(cls)}" for name, cls in sorted(METHODS.items()))]
+    lines += ["suites:", *(f"  {name:14} {says(cls)}" for name, cls in sorted(SUITES.items()))]
     return "\n".join([*lines, "models:", *(f"  {name:14} {zoo.describe(name)[1]}" for name in zoo.MODELS)])
 
 

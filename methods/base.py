@@ -128,7 +128,7 @@ class Method:
         return self
 
     def files(self, model_name: str) -> list[Path]:
-        """Files and folders, besides those the fields name, that prepare() reads for a model: part of a result's identity."""
+        """Files and folders that prepare() reads for a model: their content is part of a result's identity."""
         return []
 
     def synthetic(self, model: ModelSpec, seed: int) -> Method:

@@ -84,8 +84,13 @@ def canonical_json(value: Mapping[str, Any]) -> str:
         raise ValueError(f"cannot be part of a result's identity: {error}") from None
 
 
+def first_line(error: Exception) -> str:
+    """The error's type and the first line of its text: what fits into a row or a terminal."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 class NotApplicable(Exception):
-    """Raised by run() when a cell makes no sense here (no document is long enough): stored as skipped, with the message."""
+    """Raised by run() when a cell makes no sense here (a context beyond the model's): stored as skipped, with the message."""
 
 
 class Suite:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .base import first_line
+
 HUB = {
     # name: (data set, revision); both have splits train and test and a column "text". Proof-Pile's main branch is a loading
     # script, which is never run; the hub's own parquet conversion is read instead.
@@ -134,12 +136,8 @@ def _from_hub(source: str, split: str) -> Iterator[Document]:
             yield Document(str(number), record["text"])
     except Exception as error:  # the hub library raises many kinds of network, name and format errors
         raise ValueError(
-            f"cannot read data set {name!r} from the hub; offline, use pydoc or file:PATH ({_first_line(error)})"
+            f"cannot read data set {name!r} from the hub; offline, use pydoc or file:PATH ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..kernels.block_sparse_attention import block_sparse_attention_reference
 from ..methods.base import LayerContext, Method, ModelSpec, dense_mask, plain_rope
 from ..methods.spec import build
 from ..models.calibrate import calibrate, knob_setting
-from .base import Cell, Score, Suite, register_suite
+from .base import Cell, Score, Suite, first_line, register_suite
 
 SHAPE = ModelSpec("llama-3.1-8b-shape", layers=1, heads=32, kv_heads=8, head_dim=128)
 ROPE_THETA = 500_000.0
@@ -54,7 +54,7 @@ class Speed(Suite):
                 with context:
                     timed = list(_timed(f"{name}_ms", prepare()))
             except Exception as error:  # a baseline that cannot run this is a blank with its reason, not a failure of ours
-                self.notes[name] = f"not timed: {type(error).__name__}: {error}".splitlines()[0][:200]
+                self.notes[name] = f"not timed: {first_line(error)[:200]}"
                 continue
             for metric, value, unit in timed:
                 yield Score(cell.task, SHAPE.name, metric, value, unit)

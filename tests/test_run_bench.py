@@ -113,7 +113,7 @@ def bench(model_folder, tmp_path, capsys):
     return Bench(model_folder, tmp_path, capsys)
 
 
-def refused(bench, words, message, *more):
+def check_refused(bench, words, message, *more):
     status, out, err = bench(words, *more)
     assert status == 2 and out == "" and not bench.out.exists()
     assert len(err.splitlines()) == 1 and err.startswith("run_bench: ") and re.search(message, err), err
@@ -146,7 +146,7 @@ def refused(bench, words, message, *more):
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(bench, words, message):
-    refused(bench, words, message)
+    check_refused(bench, words, message)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(bench, words, message):
 )
 def test_bad_corpus_files(bench, content, message):
     bench.corpus.write_bytes(content)
-    refused(bench, "", message)
+    check_refused(bench, "", message)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_bad_corpus_files(bench, content, message):
 )
 def test_bad_plugins(bench, tmp_path, code, message):
     (tmp_path / "own.py").write_text(code)
-    refused(bench, "--plugin", message, tmp_path / "own.py")
+    check_refused(bench, "--plugin", message, tmp_path / "own.py")
 
 
 def test_no_gpu(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(bench, "--device cuda", "no CUDA device")
+    check_refused(bench, "--device cuda", "no CUDA device")
 
 
 def test_bad_output_folders(bench):

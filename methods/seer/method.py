@@ -89,7 +89,9 @@ class Seer(Method):
         return replace(self, gate=load_gates(shipped_gate(model.name), model))
 
     def files(self, model_name: str) -> list[Path]:
-        return [shipped_gate(model_name)] if self.gate is None and shipped_gate(model_name).is_dir() else []
+        if isinstance(self.gate, (str, Path)):
+            return [Path(self.gate).expanduser()]
+        return [shipped_gate(model_name)] if self.gate is None else []
 
     def synthetic(self, model: ModelSpec, seed: int) -> Seer:
         """With a random gate of the released kind, and nz_ratio=0.1 where no field chooses: random scores have no threshold."""

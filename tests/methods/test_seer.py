@@ -305,6 +305,12 @@ def test_params_name_the_weights(tmp_path):
     assert Seer(gate=in_memory).params()["gate_sha256"] == Seer(gate=in_memory).prepare(SPEC).params()["gate_sha256"]
 
 
+def test_files_are_what_prepare_reads(tmp_path):
+    (shipped,) = Seer().files("smollm2-135m")
+    assert (shipped / "gate.safetensors").is_file()
+    assert Seer(gate=str(tmp_path)).files("smollm2-135m") == [tmp_path]
+
+
 def test_shipped_gate_is_found_by_the_model_name(tmp_path, monkeypatch):
     monkeypatch.setattr(seer_weights, "SHIPPED", tmp_path)
     with pytest.raises(ValueError, match=r"no trained gate ships for tiny.*seer:gate=PATH.*distill --model"):
