@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockMask, block_sparse_attention, causal_blocks
+from ..kernels.selection import keep_top
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -96,11 +96,15 @@ class Method:
     and overrides exactly one of score, select, attend. Instances are immutable; scratch lives in ctx.state."""
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""  # authors, year and arXiv id
+    cost: ClassVar[str] = ""  # of the selection, per head: L tokens, D channels, N = L / block
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})
     knob: ClassVar[str | None] = None  # the field that moves density
     knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # sparsest and densest value, in this order
     knob_log: ClassVar[bool] = False  # whether the values in between lie on a log scale
-    needs: ClassVar[str] = "nothing"  # or "training": select() fails without a trained part
+    # "nothing"; "search": per-head settings can be searched for a model, the fields stand in without; "training": select()
+    # fails without a trained part
+    needs: ClassVar[str] = "nothing"
 
     def score(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
         """Importance of key blocks, [B, H, NQ, NK]. The best ones of every row are kept up to the fields `density` and
@@ -169,75 +173,6 @@ def register(cls: type[Method]) -> type[Method]:
         raise ValueError(f"a method named {cls.name!r} is registered already")
     METHODS[cls.name] = cls
     return cls
-
-
-def block_pairs(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
-    """Causally visible (query, key) pairs in every block, int64 [NQ, NK]."""
-    q0 = torch.arange(kv_len - q_len, kv_len, q_block, device=device)[:, None]
-    q1 = (q0 + q_block).clamp(max=kv_len)
-
-    def pairs_up_to(key: Tensor) -> Tensor:
-        """Pairs of the rows [q0, q1) with the keys j < key: row i sees min(i + 1, key) of them."""
-        full = (q1 - key.maximum(q0)).clamp(min=0)  # rows that see all of these keys
-        partial = q1 - q0 - full
-        return full * key + partial * (2 * q0 + partial + 1) // 2
-
-    start = torch.arange(0, kv_len, kv_block, device=device)[None, :]
-    return pairs_up_to((start + kv_block).clamp(max=kv_len)) - pairs_up_to(start)
-
-
-def keep_top(
-    scores: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, density: float, across_rows: bool = False
-) -> BlockMask:
-    """BlockMask of the best-scored causal blocks of every row, exact about density and without a sync.
-
-    Every row keeps at least one block; a head's total is within half a block of `density` of its visible pairs, unless one
-    block a row is more already. Every row keeps about `density` of its visible pairs, so one with a cheap block on the
-    diagonal gets more blocks than one without; with `across_rows` instead the pairs go where a pair brings the highest
-    score, whatever the row. Masks nest: a higher density only adds blocks. Ties go to the earlier block.
-
-    Args:
-        scores: [B, H, NQ, NK], NaN counts as -inf; lengths and blocks in tokens; density in (0, 1].
-        across_rows: scores are amounts (mass), comparable between rows.
-    Raises: ValueError for another shape.
-    """
-    pairs = block_pairs(q_len, kv_len, q_block, kv_block, scores.device)
-    if scores.shape[-2:] != pairs.shape:
-        raise ValueError(f"score() must return [B, H, {pairs.shape[0]}, {pairs.shape[1]}], got {tuple(scores.shape)}")
-    scores = scores.float().nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    scores = scores.masked_fill(pairs == 0, float("-inf"))
-    offset = kv_len - q_len
-    if offset % kv_block or kv_block % q_block:
-        scores = seen_first(scores, offset, q_block, kv_block)
-    # No row needs more: it takes its share of pairs, the half block of every row by which rounding may raise the share,
-    # and the blocks at the diagonal that are smaller than they look.
-    width = pairs.shape[1] if across_rows else math.ceil(density * pairs.shape[1]) + 3 + -(-q_block // kv_block)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    gain = pairs.expand(scores.shape).gather(-1, order)
-    # Blocks are taken as they fall due, a row's in the order of their scores.
-    if across_rows:
-        due = -(scores.gather(-1, order) / gain).cummin(-1).values
-    else:  # a row's n-th block at the share of pairs that it brings the row nearest to
-        due = (gain.cumsum(-1) - gain / 2) / pairs.sum(-1, keepdim=True)
-    due = due.float().masked_fill(gain == 0, float("inf"))
-    due[..., 0] = float("-inf")
-    sequence = due.flatten(-2).sort(dim=-1, stable=True)
-    taken = gain.flatten(-2).gather(-1, sequence.indices)
-    target = density * (q_len * offset + q_len * (q_len + 1) // 2)
-    within = 2 * taken.cumsum(-1) - taken <= int(2 * target)  # in integers: fp32 cannot count the pairs of 8k tokens
-    taken = within & sequence.values.isfinite() | (sequence.values == float("-inf"))
-    kept = torch.zeros_like(taken).scatter_(-1, sequence.indices, taken).view(gain.shape)
-    index = order.masked_fill(~kept, pairs.shape[1]).sort(dim=-1).values.to(torch.int32)
-    return BlockMask(kept.sum(-1, dtype=torch.int32), index, q_len, kv_len, q_block, kv_block, trusted=True)
-
-
-def seen_first(scores: Tensor, offset: int, q_block: int, kv_block: int) -> Tensor:
-    """Scores with +inf for every row's best block among those that its first query sees, so that no query is left blind."""
-    rows, columns = scores.shape[-2:]
-    first_query = offset + q_block * torch.arange(rows, device=scores.device)
-    first_key = kv_block * torch.arange(columns, device=scores.device)
-    best = scores.masked_fill(first_key > first_query[:, None], float("-inf")).argmax(-1, keepdim=True)
-    return scores.scatter(-1, best, float("inf"))
 
 
 def check_fields(method: Method, **bounds: tuple[float, float]) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
-from .base import LayerContext, Method, block_pairs, check_fields, keep_top, register, seen_first
+from ..kernels.selection import block_pairs, keep_top, seen_first
+from .base import LayerContext, Method, check_fields, register
 
 
 @register

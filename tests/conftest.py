@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")  # read when triton is imported
@@ -16,6 +18,47 @@ from safetensors import safe_open
 REPO = Path(__file__).resolve().parent.parent
 FULL = Path(os.environ.get("SPARSEBENCH_CONFORMANCE", REPO.parent / "shared" / "conformance"))
 COMPACT = Path(__file__).parent / "conformance"  # case A, query heads 0-2 with KV head 0
+
+
+AGREEMENT: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * 5)  # (method, case) -> what COLUMNS counts
+COLUMNS = ("settings", "blocks", "equal", "ties", "differences")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--conformance-csv", help="write the agreement with the authors' own selections to this file")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = [(*key, *counts) for key, counts in sorted(AGREEMENT.items())]
+    if not rows:
+        return
+    terminalreporter.section("selections compared with the authors' own code")
+    terminalreporter.write_line("{:12} {:>4} {:>8} {:>10} {:>10} {:>5} {:>11}".format("method", "case", *COLUMNS))
+    for row in rows:
+        terminalreporter.write_line("{:12} {:>4} {:8d} {:10d} {:10d} {:5d} {:11d}".format(*row))
+    if path := config.getoption("--conformance-csv"):
+        with open(path, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("method", "case", *COLUMNS), *rows])
+
+
+@pytest.fixture
+def conforms():
+    """conforms(method, case, setting, ours, theirs, margin): asserts that two selections agree and counts it for the table.
+
+    ours, theirs: bool tensors of one shape, an entry per block, column or (query, chunk). margin: how far the entry's score is
+    from the cut between kept and dropped, where a difference within 1e-6 is a tie; without it every difference counts.
+    """
+
+    def compare(method, case, setting, ours, theirs, margin=None):
+        assert ours.dtype == theirs.dtype == torch.bool and ours.shape == theirs.shape and theirs.any()
+        wrong = ours != theirs
+        tied = wrong & (margin.abs() <= 1e-6) if margin is not None else torch.zeros_like(wrong)
+        counts = (1, wrong.numel(), int((~wrong).sum()), int(tied.sum()), int((wrong & ~tied).sum()))
+        total = AGREEMENT[method, case]
+        total[:] = [a + b for a, b in zip(total, counts)]
+        assert counts[-1] == 0, f"{method}, case {case}, {setting}: {counts[-1]} of {counts[1]} entries differ"
+
+    return compare
 
 
 def pytest_collection_modifyitems(items):

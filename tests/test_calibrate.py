@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from sparsebench.kernels.patterns import sink_and_window
 from sparsebench.methods import METHODS
-from sparsebench.methods.a_shape import AShape, sink_and_window
+from sparsebench.methods.a_shape import AShape
 from sparsebench.methods.base import Method, dense_attention
 from sparsebench.methods.oracle import Oracle
 from sparsebench.methods.random_blocks import RandomBlocks

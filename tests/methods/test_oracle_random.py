@@ -5,8 +5,8 @@ import torch
 
 import sparsebench
 from sparsebench.kernels.block_mass import SCRATCH_ELEMENTS, block_mass
+from sparsebench.kernels.selection import block_pairs, keep_top
 from sparsebench.methods import METHODS
-from sparsebench.methods.base import block_pairs, keep_top
 
 
 def attention_probabilities(q, k, scale):

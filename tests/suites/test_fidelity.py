@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sparsebench.kernels import BlockMask, causal_blocks
+from sparsebench.kernels.patterns import sink_and_window
 from sparsebench.methods import METHODS, register
-from sparsebench.methods.a_shape import AShape, sink_and_window
+from sparsebench.methods.a_shape import AShape
 from sparsebench.methods.base import Method
 from sparsebench.methods.dense import Dense, dense_attention
 from sparsebench.methods.minference import MInference
