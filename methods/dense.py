@@ -15,6 +15,8 @@ class Dense(Method):
     """softmax(scale * q k^T, causal) v through torch's scaled_dot_product_attention (on an H100 it picks cuDNN)."""
 
     name = "dense"
+    paper = "Vaswani et al. 2017, arXiv 1706.03762"
+    cost = "none: nothing is selected"
     phases = frozenset({"prefill", "decode"})
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:

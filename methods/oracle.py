@@ -28,6 +28,8 @@ class Oracle(Method):
     """
 
     name = "oracle"
+    paper = "none, it is a bound (by=max: Gao et al. 2024, arXiv 2410.13276)"
+    cost = "O(L^2 D), the dense attention map"
     knob = "density"
     knob_range = (0.0, 1.0)
 

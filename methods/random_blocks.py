@@ -20,6 +20,8 @@ class RandomBlocks(Method):
     """
 
     name = "random"
+    paper = "none, it is a baseline"
+    cost = "O(N^2) random numbers, sorted by row"
     knob = "density"
     knob_range = (0.0, 1.0)
 

@@ -51,6 +51,8 @@ class Seer(Method):
     """
 
     name = "seer"
+    paper = "Gao et al. 2024, arXiv 2410.13276"
+    cost = "O(L D + N^2 D)"
     knob = "threshold"  # an instance carries the name, range and scale of the one it uses
     knob_range = KNOBS["threshold"][:2]
     knob_log = KNOBS["threshold"][2]
