@@ -59,8 +59,10 @@ class BlockMask:
     column_num      [B, H, NQ] int32: how many of them count
     kv_step         tokens between block i and block i + 1: kv_block (None) when blocks tile the keys, 1 when index i means
                     the block whose first key is i (MInference's slashes)
-    window          if set, inside the chosen blocks query i sees key j only if i - j < window, or j < sink, or i is one of
-                    the `last` rows (A-shape and tri-shape are exact in tokens)
+    window          if set, inside the chosen blocks query i sees key j only if i - j < window, or j < sink, or i - j is a
+                    multiple of `stride`, or i is one of the `last` rows (static patterns are exact in tokens)
+    pv_threshold    if set, the product of probabilities and values may be left out for a tile whose logits all lie more than
+                    this (natural log) below the largest of their row so far; saves time, does not count for density
     trusted         set by builders whose rows are valid by construction; spares the check, which syncs with the GPU
 
     H is the number of query heads, of KV heads (one selection for a GQA group) or 1. Key visibility is always causal.
@@ -78,6 +80,8 @@ class BlockMask:
     window: int | None = None
     sink: int = 0
     last: int = 0
+    stride: int | None = None
+    pv_threshold: float | None = None
     trusted: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self):
@@ -159,10 +163,15 @@ class BlockMask:
         keys = keys.repeat_interleave(self.q_block, dim=2)[:, :, : self.q_len]
         i = torch.arange(self.kv_len - self.q_len, self.kv_len, device=self.device)[:, None]
         j = torch.arange(self.kv_len, device=self.device)[None, :]
+        return keys & self.sees(i, j)
+
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether query i may see key j when its block is chosen: causality and the cut in tokens."""
         visible = j <= i
-        if self.window is not None:
-            visible &= (i - j < self.window) | (j < self.sink) | (i >= self.kv_len - self.last)
-        return keys & visible
+        if self.window is None:
+            return visible
+        near = (i - j < self.window) | (j < self.sink) | (i >= self.kv_len - self.last)
+        return visible & (near if self.stride is None else near | ((i - j) % self.stride == 0))
 
     def _pairs_between(self, lo: Tensor, hi: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
         """Pairs of the queries q0 <= i < q1 with the keys lo <= j < hi; lo, hi int64 [B, H, rows, *], q0, q1 [rows, 1]."""
@@ -175,7 +184,21 @@ class BlockMask:
         cut = q0.clamp(min=self.kv_len - self.last).minimum(q1)  # rows from here on ignore the window
         sink_hi = hi.clamp(max=self.sink).maximum(lo)
         near = causal(q0, cut, sink_hi, hi) - causal(q0, cut, sink_hi + self.window, hi + self.window)
-        return causal(cut, q1, lo, hi) + causal(q0, cut, lo, sink_hi) + near
+        pairs = causal(cut, q1, lo, hi) + causal(q0, cut, lo, sink_hi) + near
+        return pairs if self.stride is None else pairs + self._strided_pairs(sink_hi, hi, q0, cut)
+
+    def _strided_pairs(self, lo: Tensor, hi: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
+        """As _pairs_between, those whose distance is a multiple of `stride` and not inside the window."""
+        assert self.window is not None and self.stride is not None
+        stride = self.stride
+        i = q0[..., None] + torch.arange(self.q_block, device=self.device)  # [rows, 1, q_block]
+
+        def before(key: Tensor) -> Tensor:
+            """Keys below `key` at a multiple of the stride from i."""
+            return (key - i % stride + stride - 1).div(stride, rounding_mode="floor").clamp(min=0)
+
+        count = before(hi[..., None].minimum(i - self.window + 1)) - before(lo[..., None])
+        return (count.clamp(min=0) * (i < q1[..., None])).sum(-1)
 
     def pairs(self) -> Tensor:
         """Selected (query, key) pairs, int64 [B, H], on the mask's device."""
@@ -185,7 +208,7 @@ class BlockMask:
         q0, q1 = (bound[:, None] for bound in self.row_bounds())
         total = torch.zeros(self.kv_num_blocks.shape[:2], dtype=torch.int64, device=self.device)
         for index, valid, step, size in lists:
-            rows = max(SCRATCH_ELEMENTS // max(index[:, :, 0].numel(), 1), 1)
+            rows = max(SCRATCH_ELEMENTS // max(index[:, :, 0].numel() * (self.q_block if self.stride else 1), 1), 1)
             for start in range(0, index.shape[2], rows):
                 part = slice(start, start + rows)
                 first = index[:, :, part].long() * step
@@ -256,6 +279,21 @@ class BlockMask:
             raise ValueError(f"a query row would see no key: batch {b}, head {h}, query block {r}")
         return replace(self, trusted=True)
 
+    def by_tile(self, rows: int) -> tuple[BlockMask, Tensor]:
+        """For kernels that take at least `rows` queries at a time: the union of the blocks of every `rows` neighbouring
+        queries, and which of them each own query block has chosen, bool [B, H, NQ, NK].
+
+        Raises: ValueError when rows is no multiple of q_block, or for columns or untiled blocks.
+        """
+        if rows % self.q_block or self.column_indices is not None:
+            raise ValueError(f"query blocks of {self.q_block} do not make up tiles of {rows}, or the mask has single columns")
+        member = self.dense()
+        group = rows // self.q_block
+        padded = torch.nn.functional.pad(member, (0, 0, 0, -member.shape[2] % group))
+        union = padded.unflatten(2, (-1, group)).any(3)
+        num, index = union.sum(-1, dtype=torch.int32), _numbers(union, union.shape[-1])
+        return replace(self, kv_num_blocks=num, kv_indices=index, q_block=rows), member
+
     def to_flex(self, heads: int | None = None, compiled: bool = False):
         """The same selection as torch.nn.attention.flex_attention.BlockMask.
 
@@ -267,8 +305,8 @@ class BlockMask:
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
-        if self.column_indices is not None or self.step != self.kv_block:
-            raise ValueError("FlexAttention has no form for single columns or for blocks that do not tile the keys")
+        if self.column_indices is not None or self.step != self.kv_block or self.q_block < 16:
+            raise ValueError("FlexAttention has no form for single columns or queries, or for blocks that do not tile the keys")
         dense = self.dense()
         batch, own = dense.shape[:2]
         if heads is not None and own > 1:
@@ -277,19 +315,15 @@ class BlockMask:
             dense, own = dense.repeat_interleave(heads // own, dim=1), heads
         q0 = self.row_bounds()[0]
         q_block, kv_block, offset = self.q_block, self.kv_block, self.kv_len - self.q_len
-        window, sink, tail = self.window, self.sink, self.kv_len - self.last
 
         def mask_mod(b, h, q_idx, kv_idx):
-            i = q_idx + offset
-            visible = kv_idx <= i
-            if window is not None:
-                visible = visible & ((i - kv_idx < window) | (kv_idx < sink) | (i >= tail))
+            visible = self.sees(q_idx + offset, kv_idx)
             if compiled:
                 return visible
             return visible & dense[b if batch > 1 else 0, h if own > 1 else 0, q_idx // q_block, kv_idx // kv_block]
 
         last_key = torch.arange(1, dense.shape[-1] + 1, device=self.device) * self.kv_block - 1
-        full = dense & (last_key <= q0[:, None]) & (window is None)
+        full = dense & (last_key <= q0[:, None]) & (self.window is None)
 
         def rows(part: Tensor) -> tuple[Tensor, Tensor]:
             return part.sum(-1, dtype=torch.int32), _numbers(part, part.shape[-1])

@@ -12,6 +12,7 @@ from .block_mask import BlockMask
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
+TILE_ROWS = 64  # queries that are computed together; masks with smaller query blocks run on the union of their lists
 L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while all heads take turns
 
 
@@ -87,6 +88,9 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
     """The definition in torch, one query block at a time; computes in fp32, or in fp64 for fp64 inputs."""
     batch, heads, q_len, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    member, own_rows = None, mask.q_block
+    if mask.q_block < TILE_ROWS and TILE_ROWS % mask.q_block == 0 and mask.column_indices is None and mask.step > 1:
+        mask, member = mask.by_tile(TILE_ROWS)
     mask_group = heads // mask.kv_num_blocks.shape[1]
     given, q, k, v = q.dtype, q.to(dtype) * scale, k.to(dtype).reshape(-1, dim), v.to(dtype).reshape(-1, dim)
     kv_heads = k.shape[0] // (batch * mask.kv_len)
@@ -99,6 +103,8 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
         return x.repeat_interleave(mask_group, dim=1).expand(batch, *[-1] * (x.ndim - 1))
 
     num, index = per_head(mask.kv_num_blocks), per_head(mask.kv_indices)
+    if member is not None:
+        member = torch.nn.functional.pad(per_head(member), (0, 1))  # no row has chosen the block after the last
     if mask.column_indices is not None:
         assert mask.column_num is not None
         column_num, column_index = per_head(mask.column_num), per_head(mask.column_indices)
@@ -118,11 +124,14 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
         rows = (token0 + keys.where(real, keys.amin(-1, keepdim=True))).flatten()  # padding re-reads a listed key
         logits = q[:, :, q0 : q0 + len(i)] @ k.index_select(0, rows).view(batch, heads, -1, dim).transpose(-1, -2)
         # Most keys lie before every query of the row: only what comes from the first later one on needs a mask.
-        masked_from = 0 if mask.window is not None else int((keys <= i[0]).all(0).all(0).cumprod(0).sum())
+        every = mask.window is not None or member is not None
+        masked_from = 0 if every else int((keys <= i[0]).all(0).all(0).cumprod(0).sum())
         j = keys[:, :, None, masked_from:]
-        hidden = j > i
-        if mask.window is not None:
-            hidden |= (i - j >= mask.window) & (j >= mask.sink) & (i < mask.kv_len - mask.last)
+        hidden = ~mask.sees(i, j)
+        if member is not None:
+            own = member[:, :, (i[:, 0] - mask.kv_len + q_len) // own_rows]
+            block = (j // mask.kv_block).clamp(max=own.shape[-1] - 1)
+            hidden |= ~own.gather(-1, block.expand(*hidden.shape))
         logits[..., masked_from:].masked_fill_(hidden, float("-inf"))
         top = logits.detach().amax(-1, keepdim=True)
         p = logits.sub_(top).exp_()
@@ -134,17 +143,23 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
 
 @triton.jit
 def _attend_tile(
-    b_q, b_acc, b_m, b_l, b_k, b_v, o_key, m_key, o_row, scale_log2, kv_len,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_acc, b_m, b_l, b_k, b_v, o_key, m_key, o_row, scale_log2, kv_len, p_member, pv_log2,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr, MEMBER: tl.constexpr,
+    PV_SKIP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys o_key [BN]. Only MASKED tiles look at causality and at m_key [BN]."""
+    """One step of the online softmax over the keys o_key [BN]. Only MASKED tiles look at causality and at m_key [BN], and
+    with MEMBER at p_member [BM]: whether each row has chosen the block."""
     # [BM, BN]
     b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
     if MASKED:
         seen = m_key[None, :] & (o_key[None, :] <= o_row[:, None])
         if WINDOW >= 0:
             near = (o_row[:, None] - o_key[None, :] < WINDOW) | (o_key < SINK)[None, :] | (o_row >= kv_len - LAST)[:, None]
+            if STRIDE > 0:
+                near = near | ((o_row[:, None] - o_key[None, :]) % STRIDE == 0)
             seen = seen & near
+        if MEMBER:
+            seen = seen & (tl.load(p_member, mask=o_row < kv_len, other=0) != 0)[:, None]
         b_s = tl.where(seen, b_s, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
         b_base = tl.where(b_m_new == float("-inf"), 0.0, b_m_new) * scale_log2
@@ -155,18 +170,24 @@ def _attend_tile(
     b_p = tl.exp2(b_s * scale_log2 - b_base[:, None])
     b_alpha = tl.exp2(b_m * scale_log2 - b_base)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    if PV_SKIP:
+        if tl.max(tl.max(b_s, 1) * scale_log2 - b_base, 0) >= -pv_log2:  # else no row's maximum has moved
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    else:
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
     return b_acc, b_m_new, b_l
 
 
 @triton.jit
 def block_sparse_attention_fwd_kernel(
-    q_box, k_box, v_box, o_box, k, v, lse, kv_num, kv_index, column_num, column_index,
+    q_box, k_box, v_box, o_box, k, v, lse, kv_num, kv_index, column_num, column_index, member,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, edge_tiles, together, scale_log2,
+    stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, columns, edge_tiles, together, scale_log2, pv_log2,
+    own_rows, blocks,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, KV_STEP: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr, MEMBER: tl.constexpr,
+    PV_SKIP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM query rows of one head. The tiles that may cross the diagonal come before the pipelined loop.
 
@@ -181,11 +202,18 @@ def block_sparse_attention_fwd_kernel(
     i_b = i_bh // heads
     i_h = i_bh % heads
     i_kv = i_h // group
-    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)).to(tl.int64) * rows + i_tile * BM // Q_BLOCK
+    i_mask_head = (i_b * stride_mask_batch + i_h // (heads // mask_heads)).to(tl.int64)
+    i_mask = i_mask_head * rows + i_tile * BM // Q_BLOCK
     kv_index += i_mask * width
     SPLIT: tl.constexpr = KV_BLOCK // BN
-    tiles = tl.load(kv_num + i_mask) * SPLIT
+    listed_blocks = tl.load(kv_num + i_mask)
+    tiles = listed_blocks * SPLIT
     i_next = tl.load(kv_index, mask=tiles > 0, other=0)
+    if KV_BLOCK > 128:  # most of a large block at the diagonal lies in the future
+        i_last = tl.load(kv_index + listed_blocks - 1, mask=tiles > 0, other=0) * KV_STEP
+        end = tl.minimum((i_tile + 1) * BM + kv_len - q_len, kv_len)
+        tiles -= tl.maximum(SPLIT - tl.cdiv(end - i_last, BN), 0)
+        tiles = tl.maximum(tiles, 0)
 
     o_m = i_tile * BM + tl.arange(0, BM)
     o_row = o_m + kv_len - q_len
@@ -196,6 +224,7 @@ def block_sparse_attention_fwd_kernel(
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
+    p_own = member + (i_mask_head * tl.cdiv(q_len, own_rows) + o_m // own_rows) * blocks
 
     if HAS_COLUMNS:
         listed = tl.load(column_num + i_mask)
@@ -203,62 +232,42 @@ def block_sparse_attention_fwd_kernel(
             m_key = c + o_n < listed
             o_key = tl.load(column_index + i_mask * columns + c + o_n, mask=m_key, other=0)
             m_tile = m_key[:, None] & (o_d < D)[None, :]
-            p_k = (
-                k
-                + i_b.to(tl.int64) * stride_kb
-                + i_kv.to(tl.int64) * stride_kh
-                + o_key[:, None].to(tl.int64) * stride_kn
-                + o_d[None, :]
-            )
-            p_v = (
-                v
-                + i_b.to(tl.int64) * stride_vb
-                + i_kv.to(tl.int64) * stride_vh
-                + o_key[:, None].to(tl.int64) * stride_vn
-                + o_d[None, :]
-            )
+            o_token = o_key[:, None].to(tl.int64)
+            p_k = k + i_b.to(tl.int64) * stride_kb + i_kv.to(tl.int64) * stride_kh + o_token * stride_kn + o_d[None, :]
+            p_v = v + i_b.to(tl.int64) * stride_vb + i_kv.to(tl.int64) * stride_vh + o_token * stride_vn + o_d[None, :]
             # [BN, BD]
             b_k = tl.load(p_k, mask=m_tile, other=0.0)
             b_v = tl.load(p_v, mask=m_tile, other=0.0)
             b_acc, b_m, b_l = _attend_tile(
-                b_q, b_acc, b_m, b_l, b_k, b_v, o_key, m_key, o_row, scale_log2, kv_len, WINDOW, SINK, LAST, True, PRECISION
-            )
+                b_q, b_acc, b_m, b_l, b_k, b_v, o_key, m_key, o_row, scale_log2, kv_len, p_own, pv_log2,
+                WINDOW, SINK, LAST, STRIDE, False, PV_SKIP, True, PRECISION,
+            )  # fmt: skip
     for i in range(0, tl.minimum(tiles, edge_tiles)):
         t = tiles - 1 - i
-        first = tl.load(kv_index + t // SPLIT) * KV_STEP + t % SPLIT * BN
+        i_block = tl.load(kv_index + t // SPLIT)
+        first = i_block * KV_STEP + t % SPLIT * BN
         o_key = first + o_n
         b_k = k_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
         b_v = v_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
         b_acc, b_m, b_l = _attend_tile(
-            b_q,
-            b_acc,
-            b_m,
-            b_l,
-            b_k,
-            b_v,
-            o_key,
-            o_key < kv_len,
-            o_row,
-            scale_log2,
-            kv_len,
-            WINDOW,
-            SINK,
-            LAST,
-            True,
-            PRECISION,
-        )
+            b_q, b_acc, b_m, b_l, b_k, b_v, o_key, o_key < kv_len, o_row, scale_log2, kv_len, p_own + i_block, pv_log2,
+            WINDOW, SINK, LAST, STRIDE, MEMBER, PV_SKIP, True, PRECISION,
+        )  # fmt: skip
     for t in range(0, tiles - edge_tiles):
-        first = i_next * KV_STEP + t % SPLIT * BN
+        i_block = i_next
+        first = i_block * KV_STEP + t % SPLIT * BN
         # Read one step early: a load that depends on a load of its own step cannot be pipelined more than one step deep.
         i_next = tl.load(kv_index + (t + 1) // SPLIT)
         o_key = first + o_n
         b_k = k_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
         b_v = v_box.load([i_b, i_kv, first, 0]).reshape(BN, BD)
         b_acc, b_m, b_l = _attend_tile(
-            b_q, b_acc, b_m, b_l, b_k, b_v, o_key, o_key < kv_len, o_row, scale_log2, kv_len,
-            WINDOW, SINK, LAST, WINDOW >= 0, PRECISION,
+            b_q, b_acc, b_m, b_l, b_k, b_v, o_key, o_key < kv_len, o_row, scale_log2, kv_len, p_own + i_block, pv_log2,
+            WINDOW, SINK, LAST, STRIDE, MEMBER, PV_SKIP, WINDOW >= 0 or MEMBER, PRECISION,
         )  # fmt: skip
 
+    if MEMBER:  # rows after the last query have chosen nothing
+        b_l = tl.where(o_m < q_len, b_l, 1.0)
     b_o = (b_acc / b_l[:, None]).to(b_q.dtype)
     o_box.store([i_b, i_h, i_tile * BM, 0], b_o.reshape(1, 1, BM, BD))
     if STORE_LSE:
@@ -308,11 +317,17 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
         raise ValueError(f"the Triton kernel supports head_dim {HEAD_DIMS}, got {dim}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32, got {q.dtype}")
-    if mask.q_block not in (64, 128) or mask.kv_block not in (64, 128):
-        raise ValueError(f"the Triton kernel supports blocks of 64 and 128, got {mask.q_block} x {mask.kv_block}")
+    if (mask.q_block not in (64, 128) and TILE_ROWS % mask.q_block) or mask.kv_block % 64:
+        raise ValueError(
+            f"the Triton kernel supports query blocks of 128, 64 and its divisors and key blocks of multiples of 64, got "
+            f"{mask.q_block} x {mask.kv_block}"
+        )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("the Triton kernel has no backward yet: run it under torch.no_grad(), or with impl='reference'")
     q, k, v = (_aligned(x) for x in (q, k, v))
+    member, own_rows = None, mask.q_block
+    if mask.q_block < TILE_ROWS:
+        mask, member = mask.by_tile(TILE_ROWS)
     options = _launch_options(q, k, mask.kv_block)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
@@ -325,12 +340,14 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
     BM, BN = options["BM"], options["BN"]
     block_sparse_attention_fwd_kernel[grid](
         _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), k, v, lse, num, index, column_num, columns,
-        *k.stride()[:3], *v.stride()[:3],
+        num if member is None else member.contiguous().view(torch.uint8), *k.stride()[:3], *v.stride()[:3],
         mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2],
         rows, width, columns.shape[-1], _edge_tiles(mask, BN), together, scale * LOG2E,
+        (mask.pv_threshold or 0.0) * LOG2E, own_rows, 0 if member is None else member.shape[-1],
         D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step,
         HAS_COLUMNS=mask.column_indices is not None, WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink,
-        LAST=mask.last, STORE_LSE=store_lse,
+        LAST=mask.last, STRIDE=mask.stride or 0, MEMBER=member is not None, PV_SKIP=mask.pv_threshold is not None,
+        STORE_LSE=store_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
     )  # fmt: skip
     return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -160,11 +161,12 @@ def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask,
     for r in {0, rows // 2, rows - 1}:
         first, end = r * mask.q_block, min((r + 1) * mask.q_block, q.shape[2])
         kv_end = mask.kv_len - mask.q_len + end
-        one = BlockMask(
-            mask.kv_num_blocks[:, :, r : r + 1], mask.kv_indices[:, :, r : r + 1], end - first, kv_end, mask.q_block,
-            mask.kv_block, None if mask.column_indices is None else mask.column_indices[:, :, r : r + 1],
-            None if mask.column_num is None else mask.column_num[:, :, r : r + 1], mask.kv_step, mask.window, mask.sink,
-            max(0, mask.last - (mask.kv_len - kv_end)),
+        row = slice(r, r + 1)
+        one = dataclasses.replace(
+            mask, kv_num_blocks=mask.kv_num_blocks[:, :, row], kv_indices=mask.kv_indices[:, :, row], q_len=end - first,
+            kv_len=kv_end, column_indices=None if mask.column_indices is None else mask.column_indices[:, :, row],
+            column_num=None if mask.column_num is None else mask.column_num[:, :, row],
+            last=max(0, mask.last - (mask.kv_len - kv_end)),
         )  # fmt: skip
         expected, _ = block_sparse_attention_reference(q[:, :, first:end], k[:, :, :kv_end], v[:, :, :kv_end], one, scale)
         difference = difference + (out[:, :, first:end].double() - expected.double()).square().sum()

@@ -52,6 +52,7 @@ def tokens_by_loop(mask):
             keys.update(mask.column_indices[b, h, r, : mask.column_num[b, h, r]].tolist())
         for j in keys:
             near = mask.window is None or i - j < mask.window or j < mask.sink or i >= mask.kv_len - mask.last
+            near = near or (mask.stride is not None and (i - j) % mask.stride == 0)
             out[b, h, row, j] = j <= i and near
     return out
 
@@ -62,6 +63,7 @@ def masks():
         yield pytest.param(mask, id=name)
         yield pytest.param(replace(mask, window=40, sink=5, last=3), id=f"{name}, window")
         yield pytest.param(replace(mask, window=1, sink=70, last=66), id=f"{name}, sink")
+        yield pytest.param(replace(mask, window=20, sink=3, last=2, stride=17), id=f"{name}, stride")
     yield pytest.param(untiled(), id="untiled")
     yield pytest.param(untiled(window=50, sink=9, last=4), id="untiled, window")
     columns = [[], [0, 2, 69], [129], [0, 81, 90, 198]]
@@ -98,6 +100,21 @@ def test_dense_round_trip(size):
     assert mask.kv_indices.shape[-1] == kept.sum(-1).max()
     for b, h, r in torch.cartesian_prod(*(torch.arange(n) for n in kept.shape[:3])).tolist():
         assert mask.kv_indices[b, h, r, : mask.kv_num_blocks[b, h, r]].tolist() == kept[b, h, r].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("size", [(150, 210, 16, 64), (70, 205, 1, 32), (64, 64, 4, 8)])
+def test_union_by_tile(size):
+    mask = BlockMask.from_dense(random_dense(*size, density=0.1), *size)
+    union, member = mask.by_tile(64)
+    assert torch.equal(member, mask.dense()) and union.q_block == 64
+    group = 64 // size[2]
+    for r in range(union.kv_num_blocks.shape[2]):
+        assert torch.equal(union.dense()[:, :, r], member[:, :, r * group : (r + 1) * group].any(2))
+
+
+def test_union_by_tile_refuses_other_tiles():
+    with pytest.raises(ValueError, match="do not make up tiles"):
+        BlockMask.from_dense(random_dense(150, 210, 16, 64), 150, 210, 16, 64).by_tile(24)
 
 
 def test_padding_is_ignored():

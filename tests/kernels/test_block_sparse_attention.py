@@ -51,6 +51,11 @@ SHAPES = {
     "chunked 128x64": (1, 2, 1, 150, 333, 64, 128, 64, 1, 2),
     "chunked 64x128": (1, 2, 1, 150, 350, 64, 64, 128, 1, 2),
     "one query": (1, 2, 1, 1, 150, 64, 64, 64, 1, 2),
+    "large key blocks": (1, 2, 1, 400, 400, 64, 64, 256, 1, 2),
+    "large key blocks, chunked": (1, 2, 1, 150, 461, 64, 128, 192, 1, 2),
+    "blocks of single queries": (2, 4, 2, 150, 150, 64, 1, 64, 2, 4),
+    "single queries, large key blocks, chunked": (1, 2, 1, 150, 600, 64, 1, 256, 1, 1),
+    "16 queries": (1, 2, 1, 201, 201, 64, 16, 128, 1, 2),
     "one block": (1, 1, 1, 5, 5, 64, 64, 64, 1, 1),
 }
 
@@ -127,13 +132,33 @@ def test_columns_beside_tiles(q_len, impl, device, check_attention):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("window, sink, last", [(100, 0, 0), (100, 5, 0), (70, 64, 33), (1, 1, 300)])
+@pytest.mark.parametrize(
+    "window, sink, last, stride", [(100, 0, 0, None), (100, 5, 0, None), (70, 64, 33, None), (1, 1, 300, None), (9, 3, 5, 50)]
+)
 @pytest.mark.parametrize("q_len", [300, 90])
-def test_window(window, sink, last, q_len, impl, device, check_attention):
+def test_window(window, sink, last, stride, q_len, impl, device, check_attention):
     q, k, v = tensors(device, q_len=q_len, kv_len=300)
     full = causal_blocks(q_len, 300, 64, 64, device)[None, None]
-    mask = replace(BlockMask.from_dense(full, q_len, 300, 64, 64), window=window, sink=sink, last=last)
+    mask = BlockMask.from_dense(full, q_len, 300, 64, 64)
+    mask = replace(mask, window=window, sink=sink, last=last, stride=stride)
     check_attention(*run(impl, q, k, v, mask), q, k, v, mask)
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 50.0])
+def test_values_of_far_smaller_probability_may_be_left_out(threshold, device, check_attention):
+    q, k, v = tensors(device, q_len=300, kv_len=300)
+    q[..., 0], k[..., 0] = 5.0, 0.0
+    k[:, :, :64, 0] = 8.0  # every query's largest logits by far
+    k[:, :, 128:192, 0] = -100.0  # no share that fp32 could hold
+    full = causal_blocks(300, 300, 64, 64, device)[None, None]
+    mask = BlockMask.from_dense(full, 300, 300, 64, 64)
+    out, lse = run("triton", q, k, v, replace(mask, pv_threshold=threshold))
+    exact, exact_lse = run("reference", q, k, v, mask)
+    assert torch.allclose(lse, exact_lse, atol=1e-5)  # the sum of probabilities is complete
+    if threshold == 50.0:
+        check_attention(out, lse, q, k, v, mask)
+    else:
+        assert (out - exact).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -222,7 +247,7 @@ def test_bad_input_raises(device):
         "impl is": (q, k, v, mask, {"impl": "cuda"}),
         "supports head_dim": (q[..., :32], k[..., :32], v[..., :32], mask, {"impl": "triton"}),
         "supports fp16, bf16 and fp32": (q.double(), k.double(), v.double(), mask, {"impl": "triton"}),
-        "supports blocks": (q, k, v, random_mask(device, 1, 4, 100, 100, 32, 32), {"impl": "triton"}),
+        "supports query blocks": (q, k, v, random_mask(device, 1, 4, 100, 100, 32, 32), {"impl": "triton"}),
     }
     for message, (q_, k_, v_, mask_, kwargs) in wrong.items():
         with pytest.raises(ValueError, match=message):
