@@ -80,6 +80,16 @@ def seen_first(scores: Tensor, offset: int, q_block: int, kv_block: int) -> Tens
     return scores.scatter(-1, best, float("inf"))
 
 
+def top_blocks(scores: Tensor, width: int) -> Tensor:
+    """The numbers of every row's `width` <= NK best blocks, ascending, then NK where fewer are candidates; no sync.
+
+    scores [..., NQ, NK], -inf where a block is no candidate -> int32 [..., NQ, width]. Ties are torch.topk's to break.
+    """
+    best = scores.topk(width, dim=-1, sorted=False)
+    index = best.indices.to(torch.int32).masked_fill_(best.values == float("-inf"), scores.shape[-1])
+    return index.sort(dim=-1).values
+
+
 def block_mean(x: Tensor, block: int) -> Tensor:
     """Mean over every `block` tokens, the ragged last block over what it has; no fp32 copy of x is made.
 

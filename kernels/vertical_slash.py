@@ -19,13 +19,15 @@ def vertical_slash_mask(
 
     A slash d reaches the 64 queries that end before token `end` through the keys [p - 64, p), p = max(end - d, 64). From the
     farthest slash to the nearest: one whose p lies more than 64 past the covered range opens a new block [p - 64, p); one
-    nearer than that, but not covered, extends the range by a whole 64 keys, which may overshoot p by up to 63.
+    nearer than that, but not covered, extends the range by a whole 64 keys, which may overshoot p by up to 63. Slashes as
+    far as `end` or farther do not reach the row, and verticals after its last block are dropped.
 
     Source: MInference (Jiang et al. 2024, arXiv 2407.02490), Algorithm 2 and appendix C.4, as its CUDA conversion runs.
 
     Args:
         vertical: bool [B, H, kv_len], the chosen key columns.
-        slash: bool [B, H, kv_len], the chosen distances i - j; distance 0 must be chosen in every head.
+        slash: bool [B, H, kv_len], the chosen distances i - j; one below 64 must be chosen in every head, so that every
+            query sees a key.
         max_vertical, max_slash: upper bounds on how many are chosen in a head; they size the result without a sync.
         q_len: tokens; the last query sits at the last key.
         impl: "auto" (Triton on CUDA) | "triton" | "reference".
@@ -53,14 +55,15 @@ def _follow(slash: Tensor, length: int) -> Tensor:
     """The step from one block to the next, int32 [B, H, length].
 
     Let x = end - 1 - (first token not covered yet), the distance from a row block's last query to that token. The next block
-    leaves x' = follow[x] uncovered and starts at end - 65 - x'; x' < 0 means that the row is done. This holds for every row,
-    because blocks depend on distances alone.
+    leaves x' = follow[x] uncovered and starts at end - 65 - x'; x' < 0 means that the row is done, and where no slash is left
+    x' is so small that the block would start after the last key. This holds for every row, because blocks depend on distances
+    alone.
     """
     kv_len = slash.shape[-1]
     x = torch.arange(length, dtype=torch.int32, device=slash.device)
     chosen = x[:kv_len].where(slash, -1).cummax(-1).values  # the farthest slash at most as far as x
     chosen = torch.cat([chosen, chosen[..., -1:].expand(*slash.shape[:2], length - kv_len)], dim=-1)
-    return torch.where(chosen < x - (BLOCK - 1), chosen - 1, x - BLOCK)
+    return torch.where(chosen < x - (BLOCK - 1), chosen - 1, x - BLOCK).masked_fill_(chosen < 0, -kv_len - 1)
 
 
 def vertical_slash_reference(
@@ -83,9 +86,11 @@ def vertical_slash_reference(
     candidates = columns.long()[:, :, None].expand(batch, heads, rows, columns.shape[-1]).contiguous()
     before = torch.searchsorted(index, candidates, right=True) - 1  # the last block that starts at or before the column
     covered = (before >= 0) & (candidates < index.gather(-1, before.clamp(min=0)) + BLOCK)
-    kept = ~covered & (candidates < end.clamp(max=kv_len)[:, None])
+    num = (index < kv_len).sum(-1, dtype=torch.int32)
+    last = index.gather(-1, (num[..., None] - 1).clamp(min=0).long())  # kv_len in a row without blocks
+    kept = ~covered & (candidates < (last + BLOCK).minimum(end.clamp(max=kv_len)[:, None]))
     column_index = candidates.where(kept, kv_len).sort(dim=-1).values
-    num, column_num = (index < kv_len).sum(-1, dtype=torch.int32), kept.sum(-1, dtype=torch.int32)
+    column_num = kept.sum(-1, dtype=torch.int32)
     return num, index.to(torch.int32), column_num, column_index.to(torch.int32)
 
 
@@ -124,8 +129,9 @@ def vertical_slash_columns_kernel(
     columns += i_head * listed
     index += i_mask * width
     column_index += i_mask * listed
-    end = tl.minimum(offset + (i_row + 1) * BLOCK, kv_len)
     blocks = tl.load(num + i_mask)
+    last = tl.load(index + blocks - 1, mask=blocks > 0, other=kv_len)
+    end = tl.minimum(tl.minimum(offset + (i_row + 1) * BLOCK, kv_len), last + BLOCK)
     written = 0
     for c in range(0, listed, BC):
         o_c = c + tl.arange(0, BC)
@@ -140,7 +146,7 @@ def vertical_slash_columns_kernel(
             b_start = tl.load(index + b_middle)
             b_low = tl.where(b_start <= b_column, b_middle, b_low)
             b_high = tl.where(b_start <= b_column, b_high, b_middle)
-        b_start = tl.load(index + b_low)
+        b_start = tl.load(index + b_low, mask=b_low < blocks, other=kv_len)
         m_keep = (b_column < end) & ((b_column < b_start) | (b_column >= b_start + BLOCK))
         b_slot = written + tl.cumsum(m_keep.to(tl.int32), 0) - 1
         tl.store(column_index + b_slot, b_column, mask=m_keep)

@@ -18,10 +18,13 @@ class AShape(Method):
     """Sink and sliding window: query i sees key j when i - j < local or j < init.
 
     Source: StreamingLLM's mask (Xiao et al. 2023, arXiv 2309.17453) applied to prefill, the "A-shape" of MInference (arXiv
-    2407.02490, section 3.2) with its code's defaults. The same for every head and every input. Dense when init + local >= L.
+    2407.02490, section 3.2) with the defaults of its code (microsoft/MInference fb56c91). The same for every head and every
+    input. Dense when init + local >= L; exact in chunks.
     """
 
     name = "a_shape"
+    paper = "Xiao et al. 2023, arXiv 2309.17453"
+    cost = "none: positions alone"
     knob = "local"
     knob_range = (1, 1 << 20)
     knob_log = True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import BlockMask, causal_blocks
+from ...kernels.selection import top_blocks
 from ..base import LayerContext, Method, ModelSpec, check_fields, register
 from .gate import AttnGate
 from .weights import LayerGates, load_gates, shipped_gate
@@ -141,8 +142,8 @@ class Seer(Method):
         if chosen.dtype != torch.bool and (kv_len - q_len) % block == 0:
             return self._compact(chosen, visible, q_len, kv_len, block)
         if chosen.dtype != torch.bool:
-            shape = (*chosen.shape[:-1], visible.shape[1])
-            chosen = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter_(-1, chosen.long(), True)
+            shape = (*chosen.shape[:-1], visible.shape[1] + 1)
+            chosen = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter_(-1, chosen.long(), True)[..., :-1]
         chosen[..., self._first_dense(visible) :, :] = True
         # Blocks after the own one, visible to a row's later queries only, do not count as seen by its first.
         reaches_first = own.flip(-1).cumsum(-1).flip(-1) > 0
@@ -169,7 +170,7 @@ class Seer(Method):
         return max(visible.shape[0] - self.last_dense, 0)
 
     def _choose(self, logits: Tensor, visible: Tensor, own: Tensor, group: int) -> Tensor:
-        """Block numbers [B, H, NQ, width] int32, unsorted, or bool [B, H, NQ, NK]; H is a group-th of the logits' heads."""
+        """Block numbers as of top_blocks [B, H, NQ, width], or bool [B, H, NQ, NK]; H is a group-th of the logits' heads."""
         scores = logits.float().masked_fill_(~visible, float("-inf"))
         width = self._width(visible.shape[1])
         if width is None or group > 1:
@@ -179,7 +180,7 @@ class Seer(Method):
         if width is not None:
             if self.diagonal:
                 scores.masked_fill_(own, float("inf"))
-            return scores.topk(width, sorted=False).indices.to(torch.int32)
+            return top_blocks(scores, width)
         if self.top_p is not None:
             best, order = scores.clamp(min=0).sort(dim=-1, descending=True)
             before = best.cumsum(-1) - best
@@ -189,12 +190,11 @@ class Seer(Method):
             keep = scores > (2e-3 if self.threshold is None else self.threshold)
         return keep | own if self.diagonal else keep
 
-    def _compact(self, chosen: Tensor, visible: Tensor, q_len: int, kv_len: int, block: int) -> BlockMask:
-        """Rows of a constant width, cut at the diagonal; no size depends on the data, so the host never waits."""
+    def _compact(self, index: Tensor, visible: Tensor, q_len: int, kv_len: int, block: int) -> BlockMask:
+        """Rows of a constant width; no size depends on the data, so the host never waits."""
         rows, blocks = visible.shape
         seen = visible.sum(-1, dtype=torch.int32)
-        index = chosen.masked_fill(chosen >= seen[:, None], blocks).sort(dim=-1).values
-        num = seen.clamp(max=chosen.shape[-1])
+        num = seen.clamp(max=index.shape[-1])
         first = self._first_dense(visible)
         if first < rows:
             wide = index.new_zeros(*index.shape[:-1], blocks)
