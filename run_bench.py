@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.util
+import hashlib
 import json
 import os
 import re
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from sparsebench.methods import METHODS, Method
-from sparsebench.methods.spec import build, label, nearest, parse_methods, parse_tokens
+from sparsebench.methods.spec import build, label, load_plugin, nearest, parse_methods, parse_tokens
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import calibrate, capture_layers, knob_setting
@@ -34,7 +34,7 @@ from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest
 from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell
-from sparsebench.suites.base import NotApplicable, first_line
+from sparsebench.suites.base import NotApplicable, canonical_json, first_line
 from sparsebench.suites.corpora import calibration_corpus, check_corpus, corpus_file, token_windows
 
 DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
@@ -43,6 +43,7 @@ DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
 FIRST_LOOK = ["--methods", DEFAULT_METHODS.replace("seer", "seer:last_dense=0"), "--density", "0.25"]
 FIRST_LOOK += ["--suites", "perplexity,fidelity"]
 CALIBRATION_DOCUMENTS = 2  # at most; --limit may allow fewer
+CALIBRATION_TOLERANCE = 0.01  # relative
 DEFAULT_SUITES = "perplexity,fidelity,speed"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -54,6 +55,7 @@ class Job:
     cell: Cell
     method: Method
     skip: str = ""  # why it cannot apply
+    note: str = ""  # what a reader of its rows must know
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,9 +164,9 @@ def make_job(
     args: argparse.Namespace, suite_name: str, model: str, task: str, ctx_len: int, density: float | None, method: Method,
     plugin: set[str],
 ) -> Job:  # fmt: skip
-    suite = SUITES[suite_name]
-    if method.knob is None:
-        density = None  # fixed by the method's definition; the row's measured density says what it is
+    suite, note = SUITES[suite_name], ""
+    if method.knob is None and density is not None:
+        density, note = None, "density is fixed by its definition"
     params = file_digests(method, model) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
         model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
@@ -181,7 +183,7 @@ def make_job(
         skip = f"{model} is limited to {longest} tokens"
     elif "prefill" not in method.phases:
         skip = f"{method.name} is a decode method and {suite_name} only prefills"
-    return Job(cell, method, skip)
+    return Job(cell, method, skip, note)
 
 
 def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
@@ -200,7 +202,10 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
         try:
             torch.manual_seed(job.cell.seed)
             scores, density, spread, extra = run_cell(job, args)
-            about |= extra | {"wall_s": time.perf_counter() - start}
+            notes = [job.note, extra.pop("note", "")]
+            if density == 1 and job.method.name != "dense":
+                notes.append("selected everything: this context is too short for its settings")
+            about |= extra | {"note": "; ".join(filter(None, notes)), "wall_s": time.perf_counter() - start}
             status, reason = store.write(job.cell, scores, facts | about, density, density_range=spread)
         except NotApplicable as error:
             status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error))
@@ -227,11 +232,15 @@ def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tu
     if cell.density is not None and method.knob is not None:
         source = calibration_corpus(cell.task)
         documents = (source, cell.ctx_len, min(CALIBRATION_DOCUMENTS, args.limit))
-        method = calibrated(cell.method, str(cell.params), cell.density, (cell.model, cell.dtype, args.device), documents)
+        model = (cell.model, cell.dtype, args.device)
+        folder = Path(args.out) / "knobs"
+        method, reached = calibrated(cell.method, str(cell.params), cell.density, model, documents, folder, args.overwrite)
         facts = {"knob": knob_setting(method), "calibrated_on": f"{source} (train)"}
+        short = abs(reached - cell.density) > CALIBRATION_TOLERANCE * cell.density
+        note = f"density {cell.density:g} is out of its knob's reach: {reached:.3g} on the calibration text" if short else ""
     else:
-        method = method.prepare(loaded.spec)
-    facts["note"] = method.note
+        method, note = method.prepare(loaded.spec), ""
+    facts["note"] = "; ".join(filter(None, (method.note, note)))
     if not suite.attached:
         scores = list(suite.run(loaded, dataclasses.replace(cell, params=method.params())))
         ran = torch.tensor([score.value for score in scores if score.metric == "density"])
@@ -248,10 +257,26 @@ def load_model(name: str, dtype: str, device: str) -> zoo.LoadedModel:
 
 
 @functools.lru_cache(maxsize=256)
-def calibrated(name: str, params: str, density: float, model: tuple[str, str, str], text: tuple[str, int, int]) -> Method:
-    """The method of a cell at `density`, ready to run; model is load_model's arguments, text (corpus, ctx_len, documents)."""
-    method = build(name, json.loads(params))  # from text: a method need not be hashable
-    return calibrate(method, density, captured(model, text), lambda m: m.prepare(load_model(*model).spec))
+def calibrated(
+    name: str, params: str, density: float, model: tuple[str, str, str], text: tuple[str, int, int], folder: Path, again: bool
+) -> tuple[Method, float]:  # fmt: skip
+    """The method of a cell turned to `density`, ready to run, and the density it has on the calibration text.
+
+    model is load_model's arguments, text (corpus, ctx_len, documents). `folder` keeps what was found for later runs.
+    """
+    method, spec = build(name, json.loads(params)), load_model(*model).spec  # from text: a method need not be hashable
+    asked = {"method": name, "params": params, "density": density, "model": [*model, zoo.revision(model[0])], "text": text}
+    asked["inputs"] = digest(path) if (path := corpus_file(text[0])) else ""
+    kept = folder / f"{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]}.json"
+    if kept.exists() and not again:
+        found = json.loads(kept.read_text())
+        return dataclasses.replace(method, **{str(method.knob): found["value"]}).prepare(spec), found["density_reached"]  # type: ignore[type-var]
+    method, reached = calibrate(method, density, captured(model, text), lambda m: m.prepare(spec), CALIBRATION_TOLERANCE)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(".part")
+    part.write_text(canonical_json(asked | {"value": getattr(method, str(method.knob)), "density_reached": reached}))
+    part.replace(kept)
+    return method, reached
 
 
 @functools.lru_cache(maxsize=1)
@@ -262,27 +287,6 @@ def captured(model: tuple[str, str, str], text: tuple[str, int, int]) -> list:
     except ValueError as error:
         raise ValueError(f'no text to turn the knob on: {error}; a .jsonl may hold some as "split": "train"') from error
     return [layer for _, ids in windows.ids for layer in capture_layers(loaded.model, ids)]
-
-
-def load_plugin(path: str) -> set[str]:
-    """Run a Python file that registers methods; returns their names."""
-    if not Path(path).is_file():
-        raise ValueError(f"no such plug-in file: {path}")
-    spec = importlib.util.spec_from_file_location(f"sparsebench_plugin_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"a plug-in is a Python file (.py), got {path}")
-    for name in [name for name, cls in METHODS.items() if cls.__module__ == spec.name]:
-        del METHODS[name]  # of an earlier command of this process
-    before = set(METHODS)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"plug-in {path}: {type(error).__name__}: {error}") from error
-    if set(METHODS) == before:
-        raise ValueError(f"plug-in {path} registers no method: put @register above a Method")
-    return set(METHODS) - before
 
 
 def parse_density(word: str) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import re
+import sys
 import typing
+from pathlib import Path
 from typing import Any
 
 from .base import METHODS, Method
@@ -45,7 +48,8 @@ def build(name: str, params: dict[str, Any]) -> Method:
 
 
 def parse_methods(text: str) -> list[Method]:
-    """Methods of a command line: names separated by commas or spaces, `NAME:field=value` sets hyper-parameters.
+    """Methods of a command line: names separated by commas or spaces, `NAME:field=value` sets hyper-parameters, `all` is every
+    method that prefills, as its authors set it.
 
     Raises: ValueError for an unknown method or field, a value of the wrong type or out of range, or a method named twice.
     """
@@ -55,6 +59,8 @@ def parse_methods(text: str) -> list[Method]:
             if not specs:
                 raise ValueError(f"{part!r} sets a field of no method; write NAME:{part}")
             specs[-1] += ("," if ":" in specs[-1] else ":") + part
+        elif part == "all":
+            specs += sorted(name for name, cls in METHODS.items() if "prefill" in cls.phases)
         else:
             specs.append(part)
     methods = [_parse_one(spec) for spec in specs]
@@ -62,6 +68,27 @@ def parse_methods(text: str) -> list[Method]:
         if method in methods[:i]:
             raise ValueError(f"method {specs[i]!r} is listed twice")
     return methods
+
+
+def load_plugin(path: str) -> set[str]:
+    """Run a Python file that registers methods; returns their names. Raises: ValueError when it is none or fails."""
+    if not Path(path).is_file():
+        raise ValueError(f"no such plug-in file: {path}")
+    spec = importlib.util.spec_from_file_location(f"sparsebench_plugin_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"a plug-in is a Python file (.py), got {path}")
+    for name in [name for name, cls in METHODS.items() if cls.__module__ == spec.name]:
+        del METHODS[name]  # of an earlier command of this process
+    before = set(METHODS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"plug-in {path}: {type(error).__name__}: {error}") from error
+    if set(METHODS) == before:
+        raise ValueError(f"plug-in {path} registers no method: put @register above a Method")
+    return set(METHODS) - before
 
 
 def label(method: Method) -> str:

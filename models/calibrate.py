@@ -44,13 +44,13 @@ def calibrate(
     layers: list[tuple[Tensor, Tensor, LayerContext]],
     ready: Callable[[Method], Method],
     tolerance: float = 0.01,
-) -> Method:
-    """`method` with its knob turned to the density `target` (mean over heads and layers) on the captured layers.
+) -> tuple[Method, float]:
+    """`method` with its knob turned to the density `target` (mean over heads and layers) on the captured layers, and the
+    density it has there.
 
     `ready` makes a candidate runnable (Method.prepare for the model, or Method.synthetic).
 
-    Bisection within knob_range to a relative `tolerance`, or as near as the knob's steps allow; the caller's row keeps what
-    was measured on the evaluation text.
+    Bisection within knob_range to a relative `tolerance`, or as near as the knob's range and steps allow.
     Raises: ValueError when the method has no knob.
     """
     knob = method.knob
@@ -60,22 +60,21 @@ def calibrate(
     hint = typing.get_type_hints(type(method))[knob]  # not the value: 1.0 comes back from a stored cell as 1
     whole = float not in (typing.get_args(hint) or (hint,))
     log = method.knob_log
-    best: tuple[float, Method] | None = None
+    tried: dict[float, tuple[Method, float]] = {}
     for _ in range(STEPS):
         middle = math.sqrt(max(low, 1e-9) * max(high, 1e-9)) if log else (low + high) / 2
         value = round(middle) if whole else middle
-        candidate = ready(dataclasses.replace(method, **{knob: value}))  # type: ignore[type-var]
-        density = sum(_density(candidate, *layer) for layer in layers) / len(layers)
-        if best is None or abs(density - target) < best[0]:
-            best = (abs(density - target), candidate)
+        if value not in tried:
+            candidate = ready(dataclasses.replace(method, **{knob: value}))  # type: ignore[type-var]
+            tried[value] = candidate, sum(_density(candidate, *layer) for layer in layers) / len(layers)
+        density = tried[value][1]
         if abs(density - target) <= tolerance * target:
             break
         if density < target:
             low = middle
         else:
             high = middle
-    assert best is not None
-    return best[1]
+    return min(tried.values(), key=lambda found: abs(found[1] - target))
 
 
 def _density(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> float:

@@ -45,7 +45,7 @@ class Speed(Suite):
         if cell.density is None:
             method = method.synthetic(SHAPE, cell.seed)
         else:
-            method = calibrate(method, cell.density, [(q, k, ctx)], lambda m: m.synthetic(SHAPE, cell.seed))
+            method, _ = calibrate(method, cell.density, [(q, k, ctx)], lambda m: m.synthetic(SHAPE, cell.seed))
             self.notes |= {"knob": knob_setting(method), "calibrated_on": "the same random q and k"}
         self.notes |= {"note": method.note, "kernel": "triton"} if method.note else {"kernel": "triton"}
         for metric, value, unit in _measure(method, q, k, v, ctx):

@@ -58,8 +58,9 @@ def test_capture_is_every_layer_of_the_dense_model(loaded, layers):
 @pytest.mark.parametrize("target", [0.1, 0.25, 0.6])
 @pytest.mark.parametrize("method", [RandomBlocks(block=32), Oracle(block=16), AShape(init=8)], ids=lambda m: m.name)
 def test_reaches_the_target(layers, method, target):
-    found = calibrate(method, target, layers, as_it_is)
+    found, reached = calibrate(method, target, layers, as_it_is)
     assert counted_density(found, layers) == pytest.approx(target, rel=0.01)
+    assert reached == pytest.approx(counted_density(found, layers), abs=1e-9)
     assert replace(found, **{found.knob: getattr(method, method.knob)}) == method  # nothing but the knob moved
     assert type(getattr(found, found.knob)) is type(getattr(method, method.knob))
 
@@ -67,17 +68,17 @@ def test_reaches_the_target(layers, method, target):
 def test_trained_gates_read_the_captured_layers(loaded, layers):
     """A knob that falls as density grows, on a logarithmic scale, of a method that must be prepared and reads k before RoPE."""
     gate = AttnGate("Qavg_Kmaxminavg", 16, head_dim=16, gate_dim=16, heads=4, kv_heads=2)
-    found = calibrate(Seer(gate=gate, last_dense=0), 0.3, layers, lambda m: m.prepare(loaded.spec))
+    found, _ = calibrate(Seer(gate=gate, last_dense=0), 0.3, layers, lambda m: m.prepare(loaded.spec))
     assert counted_density(found, layers) == pytest.approx(0.3, rel=0.01)
     assert 0 < found.threshold < 1 and knob_setting(found) == f"threshold={found.threshold:.6g}"
 
 
 def test_coarse_steps_give_the_nearest(layers):
-    found = calibrate(AShape(init=128), 0.01, layers, as_it_is)  # 128 first keys alone are more
-    assert found.local == 1
+    found, reached = calibrate(AShape(init=128), 0.01, layers, as_it_is)  # 128 first keys alone are more
+    assert found.local == 1 and reached > 0.3
     density = {step: counted_density(RandomBlocks(block=256, density=step / 50), layers) for step in range(1, 51)}
     nearest = min(abs(d - 0.35) for d in density.values())
-    found = calibrate(RandomBlocks(block=256), 0.35, layers, as_it_is)
+    found, _ = calibrate(RandomBlocks(block=256), 0.35, layers, as_it_is)
     assert abs(counted_density(found, layers) - 0.35) == pytest.approx(nearest, abs=1e-9)
 
 
@@ -97,14 +98,14 @@ class OwnKernel(Method):
 
 
 def test_a_method_with_its_own_attend(layers):
-    found = calibrate(OwnKernel(), 0.3, layers, as_it_is)
+    found, _ = calibrate(OwnKernel(), 0.3, layers, as_it_is)
     pairs = sum(min(i + 1, int(found.local)) for i in range(LENGTH))
     assert pairs / (LENGTH * (LENGTH + 1) / 2) == pytest.approx(0.3, rel=0.01)
-    assert calibrate(OwnKernel(), 1.0, layers, as_it_is).local >= LENGTH - 20  # dense when it reports no mask
+    assert calibrate(OwnKernel(), 1.0, layers, as_it_is)[0].local >= LENGTH - 20  # dense when it reports no mask
 
 
 def test_a_number_that_was_stored_as_a_whole_one_still_turns(layers):
-    found = calibrate(build("random", {"density": 1, "block": 32}), 0.3, layers, as_it_is)
+    found, _ = calibrate(build("random", {"density": 1, "block": 32}), 0.3, layers, as_it_is)
     assert counted_density(found, layers) == pytest.approx(0.3, rel=0.01)
 
 

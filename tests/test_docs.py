@@ -7,7 +7,7 @@ import torch
 
 import sparsebench
 from sparsebench.methods import METHODS
-from sparsebench.run_bench import load_plugin
+from sparsebench.methods.spec import load_plugin
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

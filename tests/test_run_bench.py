@@ -411,3 +411,25 @@ def test_ctrl_c_keeps_what_is_finished(bench, tmp_path):
     assert "perplexity, " in out and (bench.out / "leaderboard.csv").exists()
     with Store(bench.out) as store:  # the lock went with the process
         assert store.frame()["key"].nunique() == 2
+
+
+def test_turned_knobs_are_kept_for_the_next_run(bench, monkeypatch):
+    words = "--methods random:block=16 --density 0.3 --ctx 128 --suites"
+    assert bench(f"{words} perplexity")[0] == 0
+    turned = []
+    real = run_bench.calibrate
+    monkeypatch.setattr(run_bench, "calibrate", lambda *args: turned.append(args[1]) or real(*args))
+    assert bench(f"{words} fidelity")[0] == 0
+    assert not turned
+    one, two = (set(bench.rows(method="random", suite=suite)["prov_knob"]) for suite in ("perplexity", "fidelity"))
+    assert one == two and len(one) == 1
+    assert bench(f"--overwrite {words} fidelity")[0] == 0
+    assert turned == [0.3]
+
+
+def test_rows_say_what_a_density_could_not_be(bench):
+    words = "--suites perplexity --density 0.01 --ctx 128 --methods"
+    assert bench(f"{words} a_shape:init=64 dilated a_shape:local=1000,init=1000")[0] == 0
+    rows = bench.rows(suite="perplexity").groupby("prov_label")["prov_note"].first()
+    assert "density 0.01 is out of its knob's reach" in rows["a_shape(init=64)"]
+    assert "fixed by its definition" in rows["dilated"] and "selected everything" in rows["dilated"]
