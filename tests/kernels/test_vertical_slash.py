@@ -7,6 +7,8 @@ import torch
 
 from sparsebench.kernels.vertical_slash import vertical_slash_mask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def by_definition(vertical, slash, end, kv_len):
     """Block starts and columns of the 64 queries before `end`, slash after slash from the farthest."""

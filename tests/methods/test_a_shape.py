@@ -7,6 +7,8 @@ import torch
 import sparsebench
 from sparsebench.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def ideal(q_len, kv_len, init, local):
     i = torch.arange(kv_len - q_len, kv_len)[:, None]

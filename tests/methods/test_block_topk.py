@@ -10,6 +10,8 @@ from sparsebench.methods import METHODS
 
 BlockTopK = METHODS["block_topk"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("case", ["A", "D"])
 class TestConformance:

@@ -8,6 +8,8 @@ import torch
 import sparsebench
 from sparsebench.methods import METHODS, LayerContext
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = [(300, 300), (1, 1), (64, 64), (300, 1000), (256, 1024), (77, 500), (129, 192)]  # (q_len, kv_len)
 
 
@@ -150,7 +152,7 @@ def test_bigbird_has_window_globals_and_as_many_random_blocks_as_there_are(lengt
 
 
 def test_bigbird_draws_uniformly_and_independently():
-    draws = torch.cat([bigbird(2048, layer=layer, heads=32, random=5, seed=seed) for layer in range(6) for seed in range(6)])
+    draws = torch.cat([bigbird(2048, layer=layer, heads=32, random=5, seed=seed) for layer in range(5) for seed in range(5)])
     row = draws[:, 31, 2:29].float()  # what is neither global nor in the window
     assert (row.sum(-1) == 5).all()
     expected = 5 / 27
@@ -224,7 +226,7 @@ def test_dilated_runs_the_first_keys_and_a_window(variant, q_len, kv_len):
     assert mask.density().item() == pytest.approx(tokens.double().sum().item() / mask.visible_pairs(), abs=1e-12)
 
 
-@pytest.mark.parametrize("variant, length", [(1, 8192), (1, 8001), (2, 6144), (2, 4001), (2, 2048), (1, 300), (1, 1), (2, 2)])
+@pytest.mark.parametrize("variant, length", [(1, 8192), (2, 6144), (1, 2001), (2, 3001), (2, 300), (1, 1), (2, 2)])
 def test_dilated_is_dense_up_to_its_window(variant, length):
     assert select(METHODS["dilated"](variant), length).density().item() == 1.0
 
