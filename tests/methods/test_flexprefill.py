@@ -210,6 +210,10 @@ def test_short_prompts_run_dense(min_budget, length, dense):
     assert (mask.density() == 1).all() if dense else (mask.density() < 1).all()
 
 
+def test_a_single_query_runs_dense():
+    assert (selected(*tensors(1, 500)).density() == 1).all()
+
+
 def test_gamma_1_runs_dense_unless_a_budget_limits_it():
     q, k = tensors(500, 500)
     for block in (32, 64, 128):
@@ -225,6 +229,8 @@ def test_without_a_minimum_budget_rows_can_stay_empty():
     assert (mask.kv_num_blocks == 0).any()
     with pytest.raises(ValueError, match="would see no key"):
         sparsebench.attention(FlexPrefill(**{**SPARSE, "gamma": 0.3, "tau": AWARE, "min_budget": 0}), q, k, k)
+    nothing = selected(q, k, gamma=0.01, tau=AWARE, min_budget=0).dense()  # even the largest entry crosses the sum
+    assert nothing[..., 0, 0].all() and nothing.sum() == 4
 
 
 def test_a_batch_row_does_not_see_the_other(monkeypatch):
