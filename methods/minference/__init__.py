@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from torch import Tensor
 from ...kernels import BlockMask
 from ...kernels.vertical_slash import vertical_slash_mask
 from ..base import LayerContext, Method, ModelSpec, check_fields, register
+from ..per_head import PerHead, load, on_device
 
 LAST_QUERIES = 64  # the queries whose attention ranks the lines
 MIN_VERTICAL, MIN_SLASH = 30, 50  # fewest lines of a head
@@ -44,9 +41,12 @@ class MInference(Method):
     """
 
     name = "minference"
+    paper = "Jiang et al. 2024, arXiv 2407.02490"
+    cost = "64 L D products, two sorts of L"
     knob = "scale"
     knob_range = (0.005, 64.0)
     knob_log = True
+    needs = "search"
 
     vertical: int = 1000
     slash: int = 6096
@@ -68,38 +68,21 @@ class MInference(Method):
 
     def budgets(self, layer: int, heads: int, kv_len: int) -> list[Budget]:
         """(vertical, slash) that run in every query head of a layer. Raises: ValueError when `config` does not fit."""
-        searched = self._searched(layer)
-        if searched is None:
-            searched = [None] * heads
-        if len(searched) != heads:
-            raise ValueError(f"{self.config} has {len(searched)} heads in layer {layer}, the model has {heads}")
+        searched = self._searched()
         own = (self.vertical, self.slash)
         floors = (MIN_VERTICAL, MIN_SLASH)
         return [
             tuple(min(max(round(lines * self.scale), floor), kv_len) for lines, floor in zip(budget or own, floors))  # type: ignore[misc]
-            for budget in searched
+            for budget in (searched.of_layer(layer, heads) if searched else [None] * heads)
         ]
 
-    def _searched(self, layer: int) -> list[Budget | None] | None:
-        if self.config is None:
-            return None
-        layers = load_config(self.config)["layers"]
-        if layer >= len(layers):
-            raise ValueError(f"{self.config} has {len(layers)} layers, the model has a layer {layer}")
-        return layers[layer]
+    def _searched(self) -> PerHead | None:
+        return load("minference:config", self.config, _budget, "[vertical, slash]") if self.config is not None else None
 
     def prepare(self, model: ModelSpec) -> MInference:
-        """Checks `config` against the model. Raises: ValueError naming the model when layers or heads do not match."""
-        if self.config is not None:
-            config = load_config(self.config)
-            layers = len(config["layers"])
-            heads = next((len(layer) for layer in config["layers"] if layer is not None), model.heads)
-            if (layers, heads) != (model.layers, model.heads):
-                raise ValueError(
-                    f"{self.config} was searched for {config['model']} with {layers} layers of {heads} heads, but {model.name} "
-                    f"has {model.layers} of {model.heads}; search again with python -m sparsebench.methods.minference "
-                    f"--model {model.name}"
-                )
+        """Checks `config` against the model. Raises: ValueError when it was searched for another one."""
+        if searched := self._searched():
+            searched.check_model(model, self.name)
         return self
 
     @property
@@ -107,34 +90,8 @@ class MInference(Method):
         return "" if self.config else "every head has the default budgets (no head search)"
 
     def params(self) -> dict[str, Any]:
-        digest = {} if self.config is None else {"config_sha256": load_config(self.config)["sha256"]}
-        return super().params() | digest
-
-
-def load_config(path: str) -> dict[str, Any]:
-    """The per-head file of MInference.config, checked, with the "sha256" of its bytes (16 digits).
-
-    Raises: ValueError when it is missing or malformed.
-    """
-    try:
-        return _load_config(path, Path(path).stat().st_mtime_ns)
-    except OSError as error:
-        raise ValueError(f"minference:config={path} cannot be read: {error.strerror}") from error
-
-
-@functools.lru_cache(maxsize=16)
-def _load_config(path: str, modified_ns: int) -> dict[str, Any]:
-    content = Path(path).read_bytes()
-    try:
-        config = json.loads(content)
-        layers = [layer and [head and _budget(head) for head in layer] for layer in config["layers"]]
-        if len({len(layer) for layer in layers if layer is not None}) > 1:
-            raise ValueError("its layers differ in heads")
-        return {"model": str(config["model"]), "layers": layers, "sha256": hashlib.sha256(content).hexdigest()[:16]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} is no file of {{"model": name, "layers": [[[vertical, slash], ...], ...]}}: {error!r}'
-        ) from error
+        searched = self._searched()
+        return super().params() | ({"config_sha256": searched.sha256} if searched else {})
 
 
 def _budget(head: Any) -> Budget:
@@ -186,11 +143,5 @@ def top_lines(scores: Tensor, budgets: tuple[int, ...]) -> Tensor:
     if min(budgets) == max(budgets):
         kept = (rank >= 0).expand(order.shape)
     else:
-        kept = (rank < _on_device(budgets, scores.device)[:, None]).expand(order.shape)
+        kept = (rank < on_device(budgets, scores.device)[:, None]).expand(order.shape)
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, kept)
-
-
-@functools.lru_cache(maxsize=1024)
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept between calls, because a copy to the GPU waits for it."""
-    return torch.tensor(values, device=device)

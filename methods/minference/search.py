@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...kernels.block_mass import attention_map
-from ..base import LayerContext, Method, ModelSpec, dense_attention
-from ..spec import parse_tokens
+from ..base import LayerContext, ModelSpec
+from ..per_head import command, visit
 from . import FORCED_VERTICAL, top_lines, vertical_slash_scores
 
 FIRST_ROW = 2500  # mass is counted from this query on; from the middle when the text is shorter than twice that
@@ -78,65 +72,31 @@ def _diagonals(slash: Tensor, end: int, rows: int) -> Tensor:
     return reverse.as_strided((batch, heads, rows, end), (heads * width, width, 1, 1), length - end)
 
 
-@dataclass(frozen=True)
-class _Probe(Method):
-    """Runs the model dense and adds up every layer's kept mass, [layers] of [candidates, H]."""
-
-    mass: list[Tensor]
-    name = "minference_search"
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        self.mass[ctx.layer] += kept_mass(q, k, ctx.scale, GRID).to(self.mass[ctx.layer])
-        return dense_attention(q, k, v, ctx.scale)
-
-
-@torch.no_grad()
 def search(model: Any, spec: ModelSpec, documents: list[list[int]]) -> dict[str, Any]:
     """The content of a MInference.config file: every head's best candidate by mean kept mass over the documents (token ids).
 
     Raises: ValueError for a document so short that the candidate with the most columns keeps nearly all of its keys.
     """
-    from ...models.attach import attach
-
     least = 2 * max(candidate.vertical for candidate in GRID)
     shortest = min(len(ids) for ids in documents)
     if shortest < least:
         raise ValueError(f"the head search needs at least {least} tokens a document, got {shortest}: use --ctx 8k or more")
-    mass = [torch.zeros(len(GRID), spec.heads) for _ in range(spec.layers)]
-    with attach(model, _Probe(mass)):
-        for ids in tqdm(documents, desc="head search", unit="document"):
-            model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+    mass = torch.zeros(spec.layers, len(GRID), spec.heads)
+
+    def look(q: Tensor, k: Tensor, ctx: LayerContext) -> None:
+        mass[ctx.layer] += kept_mass(q, k, ctx.scale, GRID).to(mass)
+
+    visit(model, documents, look)
     best = [[GRID[i] for i in layer.argmax(0).tolist()] for layer in mass]
     return {"model": spec.name, "layers": [[[head.vertical, head.slash] for head in layer] for layer in best]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    from ...models import zoo
-    from ...suites.corpora import token_windows
+    def summary(found: dict[str, Any]) -> str:
+        heads = [tuple(head) for layer in found["layers"] for head in layer]
+        return ", ".join(f"({c.vertical}, {c.slash}) x {heads.count((c.vertical, c.slash))}" for c in GRID)
 
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsebench.methods.minference", description="Search every head's vertical and slash budgets."
-    )
-    parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
-    parser.add_argument("--data", required=True, help="corpus whose split 'train' is read, e.g. file:PATH")
-    parser.add_argument(
-        "--ctx", type=parse_tokens, default=8192, help="tokens per document, e.g. 8k; the paper searches at 32k"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="JSON file for minference:config=FILE")
-    parser.add_argument("--limit", type=int, default=1, help="documents to average over")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
-    args = parser.parse_args(argv)
-    try:
-        loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-        windows = token_windows(loaded.tokenizer, args.data, "train", args.ctx, args.limit)
-        found = search(loaded.model, loaded.spec, [ids for _, ids in windows.ids])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found))
-    heads = [tuple(head) for layer in found["layers"] for head in layer]
-    counts = ", ".join(f"({c.vertical}, {c.slash}) x {heads.count((c.vertical, c.slash))}" for c in GRID)
-    print(f"{len(heads)} heads of {found['model']}: {counts}; in {args.out}")
-    return 0
+    return command(
+        argv, "minference", "Search every head's vertical and slash budgets; the paper searches at 32k tokens.",
+        "JSON file for minference:config=FILE", search, summary,
+    )  # fmt: skip

@@ -1,0 +1,7 @@
+"""python -m sparsebench.methods.xattention: the offline search of every head's threshold."""
+
+import sys
+
+from .search import main
+
+sys.exit(main())
