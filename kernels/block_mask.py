@@ -7,37 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-SCRATCH_ELEMENTS = 1 << 22  # int64 temporaries alive at a time: 128k tokens in blocks of 64 have 2^27 blocks in 32 heads
-
-
-def causal_blocks(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
-    """Blocks of which at least one (query, key) pair is causally visible; q's last row sits at k's last row.
-
-    Returns: bool [NQ, NK], NQ = ceil(q_len / q_block), NK = ceil(kv_len / kv_block).
-    """
-    last_query = _row_bounds(q_len, kv_len, q_block, device)[1] - 1
-    first_key = torch.arange(0, kv_len, kv_block, device=device)
-    return first_key[None, :] <= last_query[:, None]
-
-
-def _row_bounds(q_len: int, kv_len: int, q_block: int, device=None) -> tuple[Tensor, Tensor]:
-    """Absolute position of each query block's first row and of the row after its last, int64 [NQ]."""
-    offset = kv_len - q_len
-    start = torch.arange(offset, kv_len, q_block, device=device)
-    return start, (start + q_block).clamp(max=kv_len)
-
-
-def _numbers(chosen: Tensor, width: int) -> Tensor:
-    """int32 [..., width]: where every row of bool [..., N] is True, ascending, then zeros; no row has more than `width`."""
-    rows, number = chosen.flatten(0, -2), torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)
-    out = torch.zeros(len(rows), width, dtype=torch.int32, device=chosen.device)
-    step = max(SCRATCH_ELEMENTS // chosen.shape[-1], 1)
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        slot = (part.cumsum(-1) - 1).where(part, width)
-        found = out.new_zeros(len(part), width + 1).scatter_(-1, slot, number.expand(slot.shape))
-        out[start : start + step] = found[:, :width]
-    return out.view(*chosen.shape[:-1], width)
+from .block_lists import SCRATCH_ELEMENTS, block_lists, numbers, row_bounds
 
 
 def _pairs_from(first: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
@@ -105,18 +75,11 @@ class BlockMask:
 
     @classmethod
     def from_dense(cls, dense: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, *, trusted=False) -> BlockMask:
-        """From a bool block map [B, H, NQ, NK]; blocks no row can see are dropped. Syncs once to learn the widest row.
+        """From a bool block map [B, H, NQ, NK]; blocks no row can see are dropped. Syncs where that keeps a large list compact.
 
         Raises: ValueError for another dtype or shape.
         """
-        visible = causal_blocks(q_len, kv_len, q_block, kv_block, dense.device)
-        if dense.dtype != torch.bool or dense.ndim != 4 or dense.shape[2:] != visible.shape:
-            raise ValueError(
-                f"from_dense takes bool [B, H, {visible.shape[0]}, {visible.shape[1]}], got {dense.dtype} {tuple(dense.shape)}"
-            )
-        dense = dense & visible
-        num = dense.sum(-1, dtype=torch.int32)
-        index = _numbers(dense, max(int(num.max()), 1))
+        num, index = block_lists(dense, q_len, kv_len, q_block, kv_block)
         return cls(num, index, q_len, kv_len, q_block, kv_block, trusted=trusted)
 
     @property
@@ -129,7 +92,7 @@ class BlockMask:
 
     def row_bounds(self) -> tuple[Tensor, Tensor]:
         """Absolute position of each query block's first row and of the row after its last, int64 [NQ]."""
-        return _row_bounds(self.q_len, self.kv_len, self.q_block, self.device)
+        return row_bounds(self.q_len, self.kv_len, self.q_block, self.device)
 
     def _valid(self) -> Tensor:
         return torch.arange(self.kv_indices.shape[-1], device=self.device) < self.kv_num_blocks[..., None]
@@ -291,7 +254,7 @@ class BlockMask:
         group = rows // self.q_block
         padded = torch.nn.functional.pad(member, (0, 0, 0, -member.shape[2] % group))
         union = padded.unflatten(2, (-1, group)).any(3)
-        num, index = union.sum(-1, dtype=torch.int32), _numbers(union, union.shape[-1])
+        num, index = union.sum(-1, dtype=torch.int32), numbers(union, union.shape[-1])
         return replace(self, kv_num_blocks=num, kv_indices=index, q_block=rows), member
 
     def to_flex(self, heads: int | None = None, compiled: bool = False):
@@ -326,7 +289,7 @@ class BlockMask:
         full = dense & (last_key <= q0[:, None]) & (self.window is None)
 
         def rows(part: Tensor) -> tuple[Tensor, Tensor]:
-            return part.sum(-1, dtype=torch.int32), _numbers(part, part.shape[-1])
+            return part.sum(-1, dtype=torch.int32), numbers(part, part.shape[-1])
 
         return FlexBlockMask.from_kv_blocks(
             *rows(dense & ~full), *rows(full), BLOCK_SIZE=(self.q_block, self.kv_block), mask_mod=mask_mod,

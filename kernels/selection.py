@@ -104,12 +104,11 @@ def block_mean(x: Tensor, block: int) -> Tensor:
     return means
 
 
-def random_scores(seed: int, layer: int, heads: int, row: Tensor, blocks: int) -> Tensor:
+def random_scores(seed: int, layer: int, head: Tensor, row: Tensor, blocks: int) -> Tensor:
     """Uniform fp32 numbers in [0, 2^24), [heads, rows, blocks]: a hash of (seed, layer, head, row, block), so the same on
-    every device and for every batch size. row: int64 [rows], what names a row."""
+    every device and for every batch size. head, row: int64 [heads], [rows], what names each."""
     column = torch.arange(blocks, device=row.device)
-    head = torch.arange(heads, device=row.device)[:, None, None]
-    hashed = _mix(head ^ _mix(layer ^ _mix(seed)))
+    hashed = _mix(head[:, None, None] ^ _mix(layer ^ _mix(seed)))
     return (_mix(column ^ _mix(row[:, None] ^ hashed)) >> 8).float()  # 24 bits, exact in fp32
 
 

@@ -53,7 +53,7 @@ class BigBird(Method):
         first_query = torch.arange(kv_len - q_len, kv_len, self.block, device=q.device)
         own = ((first_query + self.block).clamp(max=kv_len) - 1) // self.block
         near = (first_query // self.block - self.window + 1).clamp(min=0)[:, None]
-        number = torch.arange(blocks, device=q.device)
+        number, head = torch.arange(blocks, device=q.device), torch.arange(heads, device=q.device)
         first = number[: self.globals].where(number[: self.globals] < near, blocks)
         nearest = near + number[: self.window + 1]
         fixed = torch.cat((first, nearest.where(nearest <= own[:, None], blocks)), dim=-1).to(torch.int32)
@@ -63,7 +63,7 @@ class BigBird(Method):
         step = max(SCRATCH_ELEMENTS // (heads * blocks), 1)
         for start in range(0, len(own), step):
             part = slice(start, start + step)
-            scores = random_scores(self.seed, ctx.layer, heads, own[part], blocks)
+            scores = random_scores(self.seed, ctx.layer, head, own[part], blocks)
             # In fp64 the block's number makes equal draws unequal, so that no device breaks a tie in its own way.
             scores = (scores.double() * blocks - number).masked_fill_(~free[part], float("-inf"))
             drawn = top_blocks(scores, draws)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockMask
-from ..kernels.selection import block_mean
+from ..kernels.selection import block_mean, top_blocks
 from .base import LayerContext, Method, check_fields, register
 
 SCRATCH_ELEMENTS = 1 << 25  # gate scores at a time: 128k queries of 32 heads over 32 chunks are 2^27
@@ -56,14 +56,16 @@ class MoBA(Method):
         own = query // self.chunk
         index = torch.empty(batch, heads, q_len, width, dtype=torch.int32, device=q.device)
         chunk = torch.arange(chunks, device=q.device)
+        if width == chunks:  # every visible chunk is chosen
+            index[:] = chunk
+            num = (own + 1).to(torch.int32).expand(batch, heads, q_len).contiguous()
+            return BlockMask(num, index, q_len, kv_len, 1, self.chunk, trusted=True)
         grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
         step = max(SCRATCH_ELEMENTS // (batch * heads * max(chunks, q.shape[3])), 1)
         for start in range(0, q_len, step):
             part = slice(start, start + step)
             gate = grouped[:, :, :, part].float() @ means[:, :, None].transpose(-1, -2)
-            gate = gate.flatten(1, 2).masked_fill(chunk > own[part, None], float("-inf"))
-            gate = gate.masked_fill(chunk == own[part, None], float("inf"))
-            best = gate.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-            index[:, :, part] = best.masked_fill(best > own[part, None], chunks).sort(dim=-1).values.to(torch.int32)
+            gate = gate.flatten(1, 2).masked_fill_(chunk > own[part, None], float("-inf"))
+            index[:, :, part] = top_blocks(gate.masked_fill_(chunk == own[part, None], float("inf")), width)
         num = (own + 1).clamp(max=width).to(torch.int32).expand(batch, heads, q_len).contiguous()
         return BlockMask(num, index, q_len, kv_len, 1, self.chunk, trusted=True)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.selection import random_scores
+from ..kernels import BlockMask
+from ..kernels.block_lists import row_bounds
+from ..kernels.selection import keep_top, random_scores
 from .base import LayerContext, Method, check_fields, register
+
+SCRATCH_ELEMENTS = 1 << 23  # random numbers at a time; a few int64 tensors of them are alive
 
 
 @register
@@ -32,9 +36,16 @@ class RandomBlocks(Method):
     def __post_init__(self):
         check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20), seed=(0, 2**32 - 1))
 
-    def score(self, q: Tensor, k: Tensor, ctx: LayerContext) -> Tensor:
-        q_len, kv_len, device = q.shape[2], k.shape[2], q.device
-        last_query = (torch.arange(kv_len - q_len, kv_len, self.block, device=device) + self.block).clamp(max=kv_len) - 1
+    def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
+        (_, heads, q_len, _), kv_len, device = q.shape, k.shape[2], q.device
+        last_query = row_bounds(q_len, kv_len, self.block, device)[1] - 1
         diagonal = last_query // self.block
-        scores = random_scores(self.seed, ctx.layer, q.shape[1], diagonal, -(-kv_len // self.block))
-        return scores.scatter(-1, diagonal[:, None].expand(q.shape[1], -1, 1), float("inf"))[None]
+        blocks = -(-kv_len // self.block)
+        step = max(SCRATCH_ELEMENTS // (len(diagonal) * blocks), 1)
+        parts = []
+        for head in torch.arange(heads, device=device).split(step):
+            scores = random_scores(self.seed, ctx.layer, head, diagonal, blocks)
+            scores.scatter_(-1, diagonal[:, None].expand(len(head), -1, 1), float("inf"))
+            parts.append(keep_top(scores[None], q_len, kv_len, self.block, self.block, self.density))
+        num, index = (torch.cat(lists, dim=1) for lists in zip(*((part.kv_num_blocks, part.kv_indices) for part in parts)))
+        return BlockMask(num, index, q_len, kv_len, self.block, self.block, trusted=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import BlockMask
+from ...kernels.line_scores import line_scores
 from ...kernels.vertical_slash import vertical_slash_mask
 from ..base import LayerContext, Method, ModelSpec, check_fields, register
 from ..per_head import PerHead, load, on_device
@@ -18,7 +18,6 @@ from ..per_head import PerHead, load, on_device
 LAST_QUERIES = 64  # the queries whose attention ranks the lines
 MIN_VERTICAL, MIN_SLASH = 30, 50  # fewest lines of a head
 FORCED_VERTICAL, FORCED_SLASH = 30, 100  # first keys and nearest diagonals ranked before all others
-SCRATCH_BYTES = 1 << 28
 
 Budget = tuple[int, int]  # (vertical, slash)
 
@@ -57,7 +56,7 @@ class MInference(Method):
         check_fields(self, vertical=(1, math.inf), slash=(1, math.inf), scale=(0.0, math.inf))
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
-        vertical, slash = vertical_slash_scores(q, k, ctx.scale)
+        vertical, slash = line_scores(q, k, ctx.scale, LAST_QUERIES)
         vertical[..., :FORCED_VERTICAL] = float("inf")
         slash[..., :FORCED_SLASH] = float("inf")
         budgets = self.budgets(ctx.layer, q.shape[1], k.shape[2])
@@ -99,41 +98,6 @@ def _budget(head: Any) -> Budget:
     if not (isinstance(vertical, int) and isinstance(slash, int) and vertical > 0 and slash > 0):
         raise ValueError(f"{head} is no pair of positive integers")
     return vertical, slash
-
-
-def vertical_slash_scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of the last 64 queries (all, if fewer) summed over every key column and over every diagonal.
-
-    q [B, H, q_len, D], k [B, H_kv, kv_len, D] -> fp32 [B, H, kv_len] by key and [B, H, kv_len] by distance i - j.
-    """
-    kv_heads, kv_len = k.shape[1:3]
-    q = q[:, :, -LAST_QUERIES:].float()
-    batch, heads, rows, dim = q.shape
-    group = heads // kv_heads
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    one_head = batch * group * rows * kv_len * 4
-    step = min(max(SCRATCH_BYTES // one_head, 1), kv_heads)
-    vertical, slash = (torch.empty(batch, heads, kv_len, device=q.device) for _ in range(2))
-    for h in range(0, kv_heads, step):
-        keys = k[:, h : h + step].float()
-        part = slice(h * group, (h + keys.shape[1]) * group)
-        logits = q[:, part].reshape(batch, keys.shape[1], group * rows, dim) @ keys.transpose(-1, -2)
-        logits = logits.view(batch, -1, rows, kv_len) * scale
-        logits[..., -rows:].masked_fill_(future, float("-inf"))
-        p = logits.softmax(-1)
-        vertical[:, part] = p.sum(-2)
-        slash[:, part] = diagonal_sums(p)
-    return vertical, slash
-
-
-def diagonal_sums(p: Tensor) -> Tensor:
-    """[B, H, rows, keys], the last row at the last key -> [B, H, keys]: entry d sums p over i - j = d."""
-    batch, heads, rows, keys = p.shape
-    # With rows - 1 zeros before every row, reading one element further from row to row follows a diagonal.
-    padded = F.pad(p, (rows - 1, 0))
-    width = padded.shape[-1]
-    diagonals = padded.as_strided((batch, heads, rows, keys), (heads * rows * width, rows * width, width + 1, 1))
-    return diagonals.sum(-2).flip(-1)
 
 
 def top_lines(scores: Tensor, budgets: tuple[int, ...]) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.block_mass import attention_map
+from ...kernels.line_scores import line_scores
 from ..base import LayerContext, ModelSpec
 from ..per_head import command, visit
-from . import FORCED_VERTICAL, top_lines, vertical_slash_scores
+from . import FORCED_VERTICAL, LAST_QUERIES, top_lines
 
 FIRST_ROW = 2500  # mass is counted from this query on; from the middle when the text is shorter than twice that
 FORCED_SLASH = 30  # the search forces fewer nearest diagonals than the run
@@ -38,7 +39,7 @@ def kept_mass(q: Tensor, k: Tensor, scale: float, candidates: Sequence[Candidate
     length = q.shape[2]
     if k.shape[2] != length:
         raise ValueError(f"the head search needs a whole prompt, got {length} queries and {k.shape[2]} keys")
-    lines = [_lines(*vertical_slash_scores(q, k, scale), candidate) for candidate in candidates]
+    lines = [_lines(*line_scores(q, k, scale, LAST_QUERIES), candidate) for candidate in candidates]
     first = min(FIRST_ROW, length // 2)
     total = torch.zeros(len(candidates), q.shape[1], device=q.device)
     for heads, start, p in attention_map(q, k, scale, first_row=first):
@@ -51,7 +52,7 @@ def kept_mass(q: Tensor, k: Tensor, scale: float, candidates: Sequence[Candidate
 
 
 def _lines(vertical: Tensor, slash: Tensor, candidate: Candidate) -> tuple[Tensor, Tensor]:
-    """The candidate's columns and distances, bool [B, H, L] each, from the scores of vertical_slash_scores()."""
+    """The candidate's columns and distances, bool [B, H, L] each, from the scores of line_scores()."""
     if candidate.static:
         line = torch.arange(vertical.shape[-1], device=vertical.device)
         return (line < candidate.vertical).expand(vertical.shape), (line < candidate.slash).expand(slash.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels import BlockMask
 from ...kernels.antidiagonal import antidiagonal_mass
-from ...kernels.block_mask import SCRATCH_ELEMENTS
+from ...kernels.block_lists import SCRATCH_ELEMENTS
 from ..base import LayerContext, Method, ModelSpec, register
 from ..per_head import PerHead, load, on_device
 

@@ -6,11 +6,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsebench
+from sparsebench.kernels.line_scores import line_scores
 from sparsebench.kernels.vertical_slash import vertical_slash_mask
 from sparsebench.methods import METHODS
 from sparsebench.methods.base import ModelSpec
 from sparsebench.methods.minference import search as head_search
-from sparsebench.methods.minference import top_lines, vertical_slash_scores
+from sparsebench.methods.minference import top_lines
 from sparsebench.methods.minference.search import Candidate, kept_mass
 from sparsebench.models import zoo
 
@@ -33,21 +34,22 @@ class TestConformance:
 
     def test_scores(self, conformance, case):
         q, k, theirs = self.load(conformance, case)
-        vertical, slash = vertical_slash_scores(q, k, q.shape[-1] ** -0.5)
+        vertical, slash = line_scores(q, k, q.shape[-1] ** -0.5, 64)
         expected_vertical, expected_slash = theirs["vs/vertical_score"], theirs["vs/slash_score"].flip(-1)
         assert (vertical[0, :, 30:] - expected_vertical[:, 30:]).abs().max() < 1e-5
         assert (slash[0, :, 100:] - expected_slash[:, 100:]).abs().max() < 1e-5
         assert expected_vertical[:, :30].isinf().all() and expected_slash[:, :100].isinf().all()
 
     @pytest.mark.parametrize("budget", BUDGETS)
-    def test_lines(self, conformance, case, budget):
+    def test_lines(self, conformance, conforms, case, budget):
         q, k, theirs = self.load(conformance, case)
-        scores = vertical_slash_scores(q, k, q.shape[-1] ** -0.5)
+        scores = line_scores(q, k, q.shape[-1] ** -0.5, 64)
         names = (f"vs/{budget[0]}_{budget[1]}/{line}_idx" for line in "vs")
         for score, forced, size, name in zip(scores, (30, 100), budget, names):
             score[..., :forced] = float("inf")
             chosen = top_lines(score, (size,) * q.shape[1])[0]
-            assert torch.equal(chosen, torch.zeros_like(chosen).scatter_(1, theirs[name].long(), True))
+            expected = torch.zeros_like(chosen).scatter_(1, theirs[name].long(), True)
+            conforms("minference", case, name, chosen, expected)
 
     @pytest.mark.parametrize("budget", BUDGETS)
     def test_blocks_and_columns(self, conformance, case, budget):
@@ -119,7 +121,7 @@ def test_conversion_refuses_an_unknown_implementation():
 
 def test_scores_of_short_prompts_and_chunks():
     q, k = torch.randn(1, 4, 40, 32), torch.randn(1, 2, 300, 32)
-    vertical, slash = vertical_slash_scores(q, k, 0.2)
+    vertical, slash = line_scores(q, k, 0.2, 64)
     logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)) * 0.2
     p = logits.masked_fill(~torch.ones(40, 300, dtype=torch.bool).tril(260), float("-inf")).softmax(-1)
     assert torch.allclose(vertical, p.sum(2), atol=1e-5)
@@ -180,7 +182,7 @@ def test_kept_mass_by_definition():
     q, k, length = torch.randn(1, 4, 333, 32), torch.randn(1, 2, 333, 32), 333
     logits = (q[0] @ k[0].repeat_interleave(2, 0).transpose(-1, -2)) * 0.3
     p = logits.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
-    vertical, slash = (scores[0] for scores in vertical_slash_scores(q, k, 0.3))
+    vertical, slash = (scores[0] for scores in line_scores(q, k, 0.3, 64))
     vertical[:, :30], slash[:, :30] = float("inf"), float("inf")
     distance = torch.arange(length)[:, None] - torch.arange(length)
     candidates = [Candidate(40, 60), Candidate(10, 50, static=True)]

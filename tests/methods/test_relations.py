@@ -16,24 +16,57 @@ from sparsebench.methods import METHODS
 
 SMALL = {  # settings sparse at 500 tokens
     "a_shape": dict(init=8, local=70),
+    "bigbird": dict(window=1, globals=1, random=1),
+    "block_topk": dict(topk=2),
+    "flexprefill": dict(min_budget=None, block=64),
+    "local": dict(window=100),
     "minference": dict(vertical=40, slash=60),
+    "moba": dict(chunk=40, topk=3),
     "oracle": dict(density=0.3),
     "random": dict(density=0.3),
+    "spargeattn": dict(simthreshd1=-1.0, cdfthreshd=0.5),
+    "strided": dict(stride=17, window=40),
+    "tri_shape": dict(init=8, local=70, last=20),
+    "trianglemix": dict(starting_layer=0, init=8, local=70, last=20),
+    "xattention": dict(threshold=0.5, block=64),
 }
 DENSE = {  # settings equal to dense attention at 500 tokens
     "a_shape": dict(init=0, local=500),
+    "bigbird": dict(random=8),
+    "block_topk": dict(topk=8),
+    "dilated": dict(),
+    "flexprefill": dict(gamma=1.0),
+    "local": dict(window=500),
     "minference": dict(vertical=500, slash=500),
+    "moba": dict(chunk=100, topk=5),
     "oracle": dict(density=1.0),
     "random": dict(density=1.0),
+    "spargeattn": dict(topk=1.0),
+    "strided": dict(window=500),
+    "tri_shape": dict(init=0, local=500),
+    "trianglemix": dict(starting_layer=1),
+    "xattention": dict(threshold=1.0),
 }
 NESTED = {  # values of the knob, rising, whose masks must nest
     "a_shape": (1, 64, 100, 333),
+    "bigbird": (0, 1, 2, 3, 8),
+    "block_topk": (1, 2, 4, 8),
+    "flexprefill": (0.05, 0.3, 0.6, 0.9, 0.99, 1.0),
+    "local": (1, 64, 100, 333),
+    "moba": (1, 2, 5, 13),
     "oracle": (0.02, 0.1, 0.11, 0.3, 0.31, 0.8, 1.0),
     "random": (0.02, 0.1, 0.11, 0.3, 0.31, 0.8, 1.0),
+    "spargeattn": (0.0, 0.2, 0.5, 0.8, 0.95, 1.0),
+    "strided": (1, 64, 100, 333),
+    "tri_shape": (1, 64, 100, 333),
+    "trianglemix": (0, 1),
+    "xattention": (0.1, 0.3, 0.5, 0.9, 1.0),
 }
+# Methods whose rows compete: what one keeps depends on what the others want, so a part of the rows alone chooses differently.
+ROWS_COMPETE = {"oracle", "random", "flexprefill"}
 LENGTHS = [(500, 500), (64, 64), (1, 1), (65, 65), (130, 500), (128, 448)]  # (q_len, kv_len); the last two are chunks
 
-PREFILL = sorted(name for name, cls in METHODS.items() if "prefill" in cls.phases and cls.needs == "nothing")
+PREFILL = sorted(name for name, cls in METHODS.items() if "prefill" in cls.phases and cls.needs != "training")
 SPARSE = sorted(set(PREFILL) - {"dense"})
 
 
@@ -111,6 +144,31 @@ def test_masks_nest_as_the_knob_rises(name, q_len, kv_len):
     knob = METHODS[name].knob
     masks = [selected(dataclasses.replace(build(name), **{knob: value}), q, k, v) for value in NESTED[name]]
     assert all(not (fewer & ~more).any() for fewer, more in itertools.pairwise(masks))
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSE if METHODS[name].knob])
+def test_density_rises_along_the_knob(name):
+    """From the sparsest to the densest value of knob_range, as the calibration's bisection takes for granted."""
+    q, k, v = tensors(500, 500)
+    method, (low, high) = build(name), METHODS[name].knob_range
+    whole = type(low) is int
+    if METHODS[name].knob_log:
+        values = [max(low, 1e-9) * (max(high, 1e-9) / max(low, 1e-9)) ** (i / 12) for i in range(13)]
+    else:
+        values = [low + (high - low) * i / 12 for i in range(13)]
+    densities = []
+    for value in dict.fromkeys(round(value) if whole else value for value in values):
+        turned = dataclasses.replace(method, **{METHODS[name].knob: value})
+        densities.append(float(run(turned, q, k, v)[1].density().mean()))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(densities)), densities
+    assert densities[0] < 0.95 * densities[-1] and densities[-1] > 0.99, densities
+
+
+@pytest.mark.parametrize("name", sorted(set(SPARSE) - ROWS_COMPETE))
+def test_a_chunk_selects_what_the_end_of_the_whole_prompt_does(name):
+    q, k, v = tensors(640, 640)
+    whole = selected(build(name), q, k, v)
+    assert torch.equal(selected(build(name), q[:, :, 256:], k, v), whole[:, :, 256:])
 
 
 @pytest.mark.parametrize("name", SPARSE)
