@@ -47,7 +47,8 @@ def block_lists(
     """BlockMask's kv_num_blocks [B, H, NQ] and kv_indices [B, H, NQ, K] of a block map; blocks no row can see are dropped.
 
     Args: dense: bool [B, H, NQ, NK];  lengths and blocks in tokens;  impl: "auto" (Triton on CUDA) | "triton" | "reference".
-    Returns: int32; K is the widest row on a CPU, on a GPU at least that, and NK where that spares a sync. Entries after a row's last are undefined.
+    Returns: int32; K is the widest row on a CPU, on a GPU at least that, and NK where that spares a sync. Entries after a
+    row's last are undefined.
     Raises: ValueError for another dtype or shape, or an unknown impl.
     """
     if impl not in ("auto", "triton", "reference"):
