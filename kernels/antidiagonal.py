@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mass import block_mass
-from .block_sparse_attention import LOG2E, _aligned, resolve_impl
+from .block_sparse_attention import LOG2E, aligned, resolve_impl
 
 MAX_GROUPS = 128  # stride groups of a block; a tile of the kernel has as many columns
 SCRATCH_BYTES = 1 << 28  # the kernel's partial sums alive at a time
@@ -128,11 +128,11 @@ def antidiagonal_sum_fwd_kernel(
 
 
 def _launch_options(q: Tensor, groups: int) -> dict:
-    """Tile shape, warps and stages. Two programs of 128 x 128 share an H100's multiprocessor, so that the products of one
-    hide the exponentials of the other."""
+    """Tile shape, warps and stages, measured on an H100 (docs/kernels.md): every tile reads its queries again from the
+    second-level cache, so wide ones are faster, though only one of them fits a multiprocessor."""
     if q.dtype == torch.float32:  # exact fp32 products run on the ordinary cores; wider tiles spill registers
         return dict(BM=64, BN=max(groups, 64), BK=16, PRECISION="ieee", num_warps=8, num_stages=1)
-    return dict(BM=128, BN=128, BK=math.gcd(q.shape[-1], 64), PRECISION="tf32", num_warps=8, num_stages=3)
+    return dict(BM=128, BN=256, BK=math.gcd(q.shape[-1], 64), PRECISION="tf32", num_warps=8, num_stages=4)
 
 
 def _box(x: Tensor, stride: int, rows: int, channels: int) -> tuple[TensorDescriptor, tuple[int, int, int, int]]:
@@ -142,7 +142,7 @@ def _box(x: Tensor, stride: int, rows: int, channels: int) -> tuple[TensorDescri
     A matrix, because only a box that needs no reshaping goes to the tensor cores straight from shared memory. A box that
     reaches over a head's last group holds another head's, whose products no result depends on.
     """
-    x = _aligned(_whole_groups(x, stride))
+    x = aligned(_whole_groups(x, stride))
     batch, heads, length, dim = x.shape
     row = stride * x.stride(2)
     beside = (heads - 1) * x.stride(1) + dim <= x.stride(2)  # heads lie side by side in a token

@@ -294,7 +294,7 @@ def _box(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [1, 1, rows, triton.next_power_of_2(x.shape[-1])])
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """x, or a copy, as descriptors need it: channels together, everything else at multiples of 16 bytes."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
@@ -324,7 +324,7 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("the Triton kernel has no backward yet: run it under torch.no_grad(), or with impl='reference'")
-    q, k, v = (_aligned(x) for x in (q, k, v))
+    q, k, v = (aligned(x) for x in (q, k, v))
     member, own_rows = None, mask.q_block
     if mask.q_block < TILE_ROWS:
         mask, member = mask.by_tile(TILE_ROWS)

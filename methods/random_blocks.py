@@ -12,7 +12,7 @@ from ..kernels.block_lists import row_bounds
 from ..kernels.selection import keep_top, random_scores
 from .base import LayerContext, Method, check_fields, register
 
-SCRATCH_ELEMENTS = 1 << 23  # random numbers at a time; a few int64 tensors of them are alive
+SCRATCH_ELEMENTS = 1 << 25  # random numbers at a time; a few int64 tensors of them are alive
 
 
 @register
