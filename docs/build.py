@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 
 from sparsebench.kernels.block_mass import block_mass
 from sparsebench.methods import METHODS, Method
+from sparsebench.methods.spec import label
 from sparsebench.models import zoo
 from sparsebench.models.calibrate import calibrate, capture_layers
 from sparsebench.suites.corpora import token_windows
@@ -35,6 +36,7 @@ GROUPS = {  # heading: (what its methods share, in reading order); a method name
 }
 # The gallery: a head with a local part, columns and diagonals, past the layers that a method leaves dense; CELL tokens a pixel.
 MODEL, CORPUS, LENGTH, LAYER, HEAD, DENSITY, CELL = "smollm2-135m", "pydoc", 2048, 20, 7, 0.25, 8
+SHOWN = {"moba": {"chunk": 128}, "spargeattn": {"smooth_k": False}}  # the defaults of these select everything at this length
 COLUMNS = ["name", "what", "paper", "phase", "needs", "knob", "selection cost", "checked"]
 INTRO = """# Methods
 
@@ -49,7 +51,7 @@ GALLERY = f"""![One attention head as every prefill method selects from it](gall
 
 Layer {LAYER}, head {HEAD} (from 0) of {MODEL} on {LENGTH} tokens of Python's help topics (`{CORPUS}`), {CELL} x {CELL} a pixel.
 Each knob was turned on other text until the mean density over layers and heads was {DENSITY:g}, or as near as it gets; methods
-without one run as they are, some of them dense at this length. What was selected in this head stands above its panel.
+without one run as they are, `dilated` dense at this length. What was selected in this head stands above its panel.
 """
 END = "This page is generated from the classes by `python docs/build.py` (with `--gallery`, the picture too)."
 
@@ -133,11 +135,14 @@ def selections() -> Iterator[tuple[str, torch.Tensor]]:
     visible = pixels(torch.ones(LENGTH, LENGTH).tril())
     yield "dense attention", block_mass(q, k, ctx.scale, CELL, CELL)[0, HEAD].clamp(min=1e-9) / visible
     for cls in (cls for _, classes in grouped() for cls in classes if cls.name != "dense" and "prefill" in cls.phases):
-        method = calibrate(cls(), DENSITY, train, lambda method: method.prepare(loaded.spec))[0] if cls.knob else cls()
+        method = cls(**SHOWN.get(cls.name, {}))
+        title = label(method).replace("(", "\n(")
+        if cls.knob:
+            method, _ = calibrate(method, DENSITY, train, lambda method: method.prepare(loaded.spec))
         ctx.state.clear()
         mask = method.prepare(loaded.spec).select(q, k, ctx)
         head = HEAD * mask.kv_num_blocks.shape[1] // q.shape[1]  # some masks are shared by a GQA group or by all heads
-        yield f"{cls.name}\ndensity {float(mask.density()[0, head]):.2f}", pixels(mask.tokens()[0, head].float()) / visible
+        yield f"{title}\ndensity {float(mask.density()[0, head]):.2f}", pixels(mask.tokens()[0, head].float()) / visible
 
 
 def pixels(pairs: torch.Tensor) -> torch.Tensor:
@@ -148,7 +153,7 @@ def draw_gallery(path: Path) -> None:
     panels, columns = list(selections()), 6
     rows = -(-len(panels) // columns)
     matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 9, "figure.labelsize": 10, "legend.fontsize": 9}
-    figure = Figure(figsize=(10, 0.6 + 1.85 * rows), layout="constrained")
+    figure = Figure(figsize=(10, 0.6 + 2.0 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=True, sharey=True).flat)
     colors = {"selected": "#0072b2", "not selected": "white", "future": "#d9d9d9"}
     look: dict = {"cmap": "viridis", "norm": LogNorm(1e-6, 1e-1)}  # of the first panel

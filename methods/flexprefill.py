@@ -23,8 +23,7 @@ SORTED_ENTRIES = 1 << 23  # of pooled maps at a time; sorting takes some 50 byte
 @register
 @dataclass(frozen=True)
 class FlexPrefill(Method):
-    """Every head keeps the vertical and slash blocks that hold a share `gamma` of the last queries' attention; one whose
-    attention can be estimated from mean-pooled keys keeps the blocks of the mean-pooled map instead.
+    """Every head keeps what holds a share `gamma` of attention: vertical and slash blocks, or blocks of the mean-pooled map.
 
     Source: Lai et al. 2025 (arXiv 2502.20766), Algorithms 1 to 4, as its code runs (bytedance/FlexPrefill a24b27b).
 

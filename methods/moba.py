@@ -17,7 +17,7 @@ SCRATCH_ELEMENTS = 1 << 25  # gate scores at a time: 128k queries of 32 heads ov
 @register
 @dataclass(frozen=True)
 class MoBA(Method):
-    """Every query and head keeps its own chunk and the chunks with the largest q . mean(k), `topk` in all; causal inside them.
+    """Every query keeps its own chunk of keys and those whose mean key fits it best, `topk` chunks in all, causal inside them.
 
     Source: Lu et al. 2025 (arXiv 2502.13189), section 2.2, equations 5 to 8; code at MoonshotAI/MoBA 61e456b
     (moba_attn_varlen_naive). The gate is unscaled and in fp32, from q and k after RoPE; the own chunk counts in `topk`, later
