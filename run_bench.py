@@ -6,6 +6,7 @@ python run_bench.py --methods seer,minference --ctx 8k,32k,128k
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,7 +30,7 @@ from sparsebench.methods import METHODS, Method
 from sparsebench.methods.spec import build, label, load_plugin, nearest, parse_methods, parse_tokens
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
-from sparsebench.models.calibrate import calibrate, capture_layers, knob_setting
+from sparsebench.models.calibrate import calibrate, calibration_facts, capture_layers
 from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest
 from sparsebench.results.text import print_table
@@ -43,7 +44,6 @@ DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
 FIRST_LOOK = ["--methods", DEFAULT_METHODS.replace("seer", "seer:last_dense=0"), "--density", "0.25"]
 FIRST_LOOK += ["--suites", "perplexity,fidelity"]
 CALIBRATION_DOCUMENTS = 2  # at most; --limit may allow fewer
-CALIBRATION_TOLERANCE = 0.01  # relative
 DEFAULT_SUITES = "perplexity,fidelity,speed"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -98,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="run_bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = functools.partial(parser.add_argument, nargs="+")
-    words("--methods", default=[DEFAULT_METHODS], help="names, or NAME:field=value,field=value")
+    words("--methods", default=[DEFAULT_METHODS], help="names, NAME:field=value,field=value, or all")
     words("--ctx", default=["1k,2k"], help="context lengths in tokens; 8k = 8192")
     words("--models", default=["smollm2-135m"], help="embedded names, local folders or hub ids")
     words("--suites", default=[DEFAULT_SUITES], help="perplexity, fidelity, speed")
@@ -166,7 +166,7 @@ def make_job(
 ) -> Job:  # fmt: skip
     suite, note = SUITES[suite_name], ""
     if method.knob is None and density is not None:
-        density, note = None, "density is fixed by its definition"
+        density, note = None, "" if method.name == "dense" else "no knob: its density is what it is"
     params = file_digests(method, model) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
         model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
@@ -203,8 +203,8 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
             torch.manual_seed(job.cell.seed)
             scores, density, spread, extra = run_cell(job, args)
             notes = [job.note, extra.pop("note", "")]
-            if density == 1 and job.method.name != "dense":
-                notes.append("selected everything: this context is too short for its settings")
+            if density == 1 and job.method.name != "dense" and job.cell.density != 1:
+                notes.append("ran dense: these settings select everything at this length")
             about |= extra | {"note": "; ".join(filter(None, notes)), "wall_s": time.perf_counter() - start}
             status, reason = store.write(job.cell, scores, facts | about, density, density_range=spread)
         except NotApplicable as error:
@@ -235,12 +235,10 @@ def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tu
         model = (cell.model, cell.dtype, args.device)
         folder = Path(args.out) / "knobs"
         method, reached = calibrated(cell.method, str(cell.params), cell.density, model, documents, folder, args.overwrite)
-        facts = {"knob": knob_setting(method), "calibrated_on": f"{source} (train)"}
-        short = abs(reached - cell.density) > CALIBRATION_TOLERANCE * cell.density
-        note = f"density {cell.density:g} is out of its knob's reach: {reached:.3g} on the calibration text" if short else ""
+        facts = calibration_facts(method, cell.density, reached, f"{source} (train)")
     else:
-        method, note = method.prepare(loaded.spec), ""
-    facts["note"] = "; ".join(filter(None, (method.note, note)))
+        method = method.prepare(loaded.spec)
+    facts["note"] = "; ".join(filter(None, (method.note, facts.get("note"))))
     if not suite.attached:
         scores = list(suite.run(loaded, dataclasses.replace(cell, params=method.params())))
         ran = torch.tensor([score.value for score in scores if score.metric == "density"])
@@ -266,12 +264,14 @@ def calibrated(
     """
     method, spec = build(name, json.loads(params)), load_model(*model).spec  # from text: a method need not be hashable
     asked = {"method": name, "params": params, "density": density, "model": [*model, zoo.revision(model[0])], "text": text}
-    asked["inputs"] = digest(path) if (path := corpus_file(text[0])) else ""
+    asked |= {"inputs": digest(path) if (path := corpus_file(text[0])) else "", "source": provenance()["source_sha256"]}
     kept = folder / f"{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]}.json"
     if kept.exists() and not again:
-        found = json.loads(kept.read_text())
-        return dataclasses.replace(method, **{str(method.knob): found["value"]}).prepare(spec), found["density_reached"]  # type: ignore[type-var]
-    method, reached = calibrate(method, density, captured(model, text), lambda m: m.prepare(spec), CALIBRATION_TOLERANCE)
+        with contextlib.suppress(ValueError, KeyError):  # a damaged file is as good as none
+            found = json.loads(kept.read_text())
+            turned: Any = dataclasses.replace(method, **{str(method.knob): found["value"]})  # type: ignore[type-var]
+            return turned.prepare(spec), found["density_reached"]
+    method, reached = calibrate(method, density, captured(model, text), lambda m: m.prepare(spec))
     folder.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(".part")
     part.write_text(canonical_json(asked | {"value": getattr(method, str(method.knob)), "density_reached": reached}))

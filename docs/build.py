@@ -11,6 +11,7 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -36,7 +37,8 @@ GROUPS = {  # heading: (what its methods share, in reading order); a method name
 }
 # The gallery: a head with a local part, columns and diagonals, past the layers that a method leaves dense; CELL tokens a pixel.
 MODEL, CORPUS, LENGTH, LAYER, HEAD, DENSITY, CELL = "smollm2-135m", "pydoc", 2048, 20, 7, 0.25, 8
-SHOWN = {"moba": {"chunk": 128}, "spargeattn": {"smooth_k": False}}  # the defaults of these select everything at this length
+# The defaults of these select everything at this length.
+SHOWN: dict[str, dict[str, Any]] = {"moba": {"chunk": 128}, "spargeattn": {"smooth_k": False}}
 COLUMNS = ["name", "what", "paper", "phase", "needs", "knob", "selection cost", "checked"]
 INTRO = """# Methods
 
@@ -44,8 +46,8 @@ INTRO = """# Methods
 - needs: nothing; search (of every head's settings for a model; the fields stand in without); training (of a part for it).
 - knob: the field that `--density` turns, from its sparsest to its densest value.
 - selection cost: per head, for L tokens, D channels and N = L / block; the attention over what was selected comes on top.
-- checked: entries (blocks, lines, tokens) selected as by the authors' code, on the same q and k; A: a layer of SmolLM2-135M,
-  D: synthetic heads, small: short masks; a tie is within 1e-6 of the cut. "-": no selection to compare with.
+- checked: causal entries (blocks, lines, tokens) selected as by the authors' code, on the same q and k; A: a layer of
+  SmolLM2-135M, D: synthetic heads, small: short masks; a tie is within 1e-6 of the cut. "-": no selection to compare with.
 """
 GALLERY = f"""![One attention head as every prefill method selects from it](gallery.png)
 
@@ -70,7 +72,7 @@ def page() -> str:
         sections.append(heading)
         for cls in classes:
             text = inspect.cleandoc(cls.__doc__ or "")
-            cells = [f"[{cls.name}](#{cls.name})", prose(re.split(r"(?<=\.)\s", text)[0]), prose(cls.paper)]
+            cells = [f"[{cls.name}](#{cls.name})", prose(re.split(r"(?<=\w\.)\s", text)[0]), prose(cls.paper)]
             cells += [", ".join(sorted(cls.phases, reverse=True)), cls.needs, knob(cls) if cls.knob else "", prose(cls.cost)]
             overview.append([*cells, checked.get(cls.name, "-")])
             sections.append(f"### {cls.name}\n\n{prose(text, cls)}\n\n{fields(cls)}")

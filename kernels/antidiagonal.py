@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mass import block_mass
-from .block_sparse_attention import LOG2E, aligned, resolve_impl
+from .block_sparse_attention import resolve_impl
+from .launch import LOG2E, aligned
 
 MAX_GROUPS = 128  # stride groups of a block; a tile of the kernel has as many columns
 SCRATCH_BYTES = 1 << 28  # the kernel's partial sums alive at a time
@@ -116,12 +117,11 @@ def antidiagonal_sum_fwd_kernel(
     m_row = o_row < q_groups
     # [G]
     b_lse = tl.load(lse + i_bh * rows + o_row, mask=m_row, other=0.0)
-    written = (shift + tl.minimum((i_block + 1) * G, q_groups) - 1) // G + 1
     p_part = part + (i_bh * rows + o_row)[:, None] * width
     p_mass = mass + i_bh // heads * stride_mass_batch + (i_bh % heads * tl.num_programs(0) + i_block) * blocks
     for c in range(0, blocks, BC):
         o_c = c + tl.arange(0, BC)
-        m_part = m_row[:, None] & (o_c < written)[None, :]
+        m_part = m_row[:, None] & (o_c[None, :] * G <= shift + o_row[:, None])
         # [G, BC]
         b_part = tl.load(p_part + o_c[None, :], mask=m_part, other=float("-inf"))
         tl.store(p_mass + o_c, tl.sum(tl.exp2(b_part - b_lse[:, None]), 0), mask=o_c < blocks)

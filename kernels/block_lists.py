@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import runs_triton
+
 SCRATCH_ELEMENTS = 1 << 22  # int64 temporaries alive at a time: 128k tokens in blocks of 64 have 2^27 blocks in 32 heads
 FULL_WIDTH_BYTES = 1 << 28  # lists up to this size are as wide as the map on a GPU, because learning the widest row syncs
 
@@ -51,12 +53,10 @@ def block_lists(
     row's last are undefined.
     Raises: ValueError for another dtype or shape, or an unknown impl.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl is 'auto', 'triton' or 'reference', got {impl!r}")
     shape = (-(-q_len // q_block), -(-kv_len // kv_block))
     if dense.dtype != torch.bool or dense.ndim != 4 or dense.shape[2:] != shape:
         raise ValueError(f"from_dense takes bool [B, H, {shape[0]}, {shape[1]}], got {dense.dtype} {tuple(dense.shape)}")
-    if impl == "triton" or (impl == "auto" and dense.is_cuda):
+    if runs_triton(impl, dense.is_cuda):
         return _block_lists_triton(dense, q_len, kv_len, q_block, kv_block)
     return block_lists_reference(dense, q_len, kv_len, q_block, kv_block)
 

@@ -106,9 +106,14 @@ class BlockMask:
         if self.step != self.kv_block:
             raise ValueError("blocks of this mask do not tile the keys; use tokens()")
         blocks = -(-self.kv_len // self.kv_block)
-        index = self.kv_indices.long().where(self._valid(), blocks)
-        out = torch.zeros(*index.shape[:3], blocks + 1, dtype=torch.bool, device=self.device)
-        return out.scatter_(-1, index, True)[..., :blocks]
+        batch, heads, rows, width = self.kv_indices.shape
+        out = torch.zeros(batch, heads, rows, blocks + 1, dtype=torch.bool, device=self.device)
+        step = max(8 * SCRATCH_ELEMENTS // (batch * rows * width), 1)
+        for h in range(0, heads, step):
+            part = slice(h, h + step)
+            listed = torch.arange(width, device=self.device) < self.kv_num_blocks[:, part, :, None]
+            out[:, part].scatter_(-1, self.kv_indices[:, part].long().where(listed, blocks), True)
+        return out[..., :blocks]
 
     def tokens(self) -> Tensor:
         """bool [B, H, q_len, kv_len]: the (query, key) pairs that count. For tests: q_len x kv_len bytes a head."""
@@ -242,14 +247,18 @@ class BlockMask:
             raise ValueError(f"a query row would see no key: batch {b}, head {h}, query block {r}")
         return replace(self, trusted=True)
 
+    def fits_tiles(self, rows: int) -> bool:
+        """Whether by_tile() can express this mask."""
+        return rows % self.q_block == 0 and self.column_indices is None and self.step == self.kv_block
+
     def by_tile(self, rows: int) -> tuple[BlockMask, Tensor]:
         """For kernels that take at least `rows` queries at a time: the union of the blocks of every `rows` neighbouring
         queries, and which of them each own query block has chosen, bool [B, H, NQ, NK].
 
-        Raises: ValueError when rows is no multiple of q_block, or for columns or untiled blocks.
+        Raises: ValueError when rows is no multiple of q_block, or for single columns or untiled blocks.
         """
-        if rows % self.q_block or self.column_indices is not None:
-            raise ValueError(f"query blocks of {self.q_block} do not make up tiles of {rows}, or the mask has single columns")
+        if not self.fits_tiles(rows):
+            raise ValueError(f"query blocks of {self.q_block} do not make up tiles of {rows}, or blocks do not tile the keys")
         member = self.dense()
         group = rows // self.q_block
         padded = torch.nn.functional.pad(member, (0, 0, 0, -member.shape[2] % group))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import runs_triton
+
 SCRATCH_ELEMENTS = 1 << 22  # of fp32 copies alive at a time in the reference
 
 
@@ -28,11 +30,9 @@ def block_similarity(x: Tensor, block: int, mean: Tensor | None = None, impl: st
         direction: its block's similarity is NaN.
     Raises: ValueError for an unknown impl or a block that is no power of 2.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl is 'auto', 'triton' or 'reference', got {impl!r}")
     if block < 1 or block & (block - 1):
         raise ValueError(f"block must be a power of 2, got {block}")
-    if impl == "triton" or (impl == "auto" and x.is_cuda):
+    if runs_triton(impl, x.is_cuda):
         return _similarity_triton(x, block, mean)
     return block_similarity_reference(x, block, mean)
 

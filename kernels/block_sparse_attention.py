@@ -9,8 +9,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mask import BlockMask
+from .launch import LOG2E, aligned, runs_triton
 
-LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
 TILE_ROWS = 64  # queries that are computed together; masks with smaller query blocks run on the union of their lists
 L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while all heads take turns
@@ -21,11 +21,8 @@ def resolve_impl(impl: str, q: Tensor) -> str:
 
     Raises: ValueError for an unknown name.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl is 'auto', 'triton' or 'reference', got {impl!r}")
-    if impl == "auto":
-        return "triton" if q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype != torch.float64 else "reference"
-    return impl
+    applies = q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype != torch.float64
+    return "triton" if runs_triton(impl, applies) else "reference"
 
 
 def block_sparse_attention(
@@ -89,7 +86,7 @@ def block_sparse_attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Bloc
     batch, heads, q_len, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     member, own_rows = None, mask.q_block
-    if mask.q_block < TILE_ROWS and TILE_ROWS % mask.q_block == 0 and mask.column_indices is None and mask.step > 1:
+    if mask.q_block < TILE_ROWS and mask.fits_tiles(TILE_ROWS):
         mask, member = mask.by_tile(TILE_ROWS)
     mask_group = heads // mask.kv_num_blocks.shape[1]
     given, q, k, v = q.dtype, q.to(dtype) * scale, k.to(dtype).reshape(-1, dim), v.to(dtype).reshape(-1, dim)
@@ -292,13 +289,6 @@ def _launch_options(q: Tensor, k: Tensor, kv_block: int) -> dict:
 def _box(x: Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of `rows` neighbouring tokens of one head of x [B, H, L, D], its channels padded to a power of 2."""
     return TensorDescriptor.from_tensor(x, [1, 1, rows, triton.next_power_of_2(x.shape[-1])])
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x, or a copy, as descriptors need it: channels together, everything else at multiples of 16 bytes."""
-    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
-    return x if fits else x.contiguous()
 
 
 def _edge_tiles(mask: BlockMask, BN: int) -> int:

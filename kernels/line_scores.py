@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+from .launch import LOG2E, runs_triton
+
 SCRATCH_BYTES = 1 << 28  # of probabilities at a time
 MAX_ROWS, MAX_DIM = 128, 128  # of the Triton kernels; more channels need more shared memory than an H100 has
 SPAN = 2048  # keys of one program
@@ -26,15 +27,12 @@ def line_scores(q: Tensor, k: Tensor, scale: float, last: int, impl: str = "auto
     Returns: vertical fp32 [B, H, kv_len] by key, slash fp32 [B, H, kv_len] by distance i - j. No sync.
     Raises: ValueError for an unknown impl, or where "triton" does not apply.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl is 'auto', 'triton' or 'reference', got {impl!r}")
     q = q[:, :, -last:]
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] <= MAX_ROWS and q.shape[3] <= MAX_DIM
     if impl == "triton" and not fits:
         raise ValueError(f"the Triton kernels take 16-bit q of at most {MAX_ROWS} rows and {MAX_DIM} channels, got "
                          f"{q.dtype} {tuple(q.shape)}")  # fmt: skip
-    use_triton = impl == "triton" or (impl == "auto" and fits and q.is_cuda)
-    return (_line_scores_triton if use_triton else line_scores_reference)(q, k, scale)
+    return (_line_scores_triton if runs_triton(impl, fits and q.is_cuda) else line_scores_reference)(q, k, scale)
 
 
 def line_scores_reference(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:

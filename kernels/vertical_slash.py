@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_mask import BlockMask
+from .launch import runs_triton
 
 BLOCK = 64
 
@@ -34,8 +35,6 @@ def vertical_slash_mask(
 
     Returns: BlockMask with q_block = kv_block = 64 and kv_step = 1. Raises: ValueError for an unknown impl.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl is 'auto', 'triton' or 'reference', got {impl!r}")
     kv_len = vertical.shape[-1]
     rows = -(-q_len // BLOCK)
     follow = _follow(slash, kv_len + BLOCK)
@@ -43,8 +42,7 @@ def vertical_slash_mask(
     width = min(-(-(kv_len + BLOCK) // BLOCK), max_slash)
     key = torch.arange(kv_len, dtype=torch.int32, device=vertical.device)
     columns = key.where(vertical, kv_len).sort(dim=-1).values[..., :max_vertical].contiguous()
-    use_triton = impl == "triton" or (impl == "auto" and vertical.is_cuda)
-    convert = _convert_triton if use_triton else vertical_slash_reference
+    convert = _convert_triton if runs_triton(impl, vertical.is_cuda) else vertical_slash_reference
     num, index, column_num, column_index = convert(follow, columns, q_len, kv_len, rows, width)
     return BlockMask(
         num, index, q_len, kv_len, BLOCK, BLOCK, column_index, column_num, kv_step=1, trusted=True

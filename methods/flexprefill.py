@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +55,8 @@ class FlexPrefill(Method):
     """
 
     name = "flexprefill"
-    paper: ClassVar[str] = "Lai et al. 2025, arXiv 2502.20766"
-    cost: ClassVar[str] = "O(block L D + L log L + N^2 (D + log N))"
+    paper = "Lai et al. 2025, arXiv 2502.20766"
+    cost = "O(block L D + L log L + N^2 (D + log N))"
     knob = "gamma"
     knob_range = (0.01, 1.0)
 

@@ -20,13 +20,13 @@ class MoBA(Method):
     """Every query keeps its own chunk of keys and those whose mean key fits it best, `topk` chunks in all, causal inside them.
 
     Source: Lu et al. 2025 (arXiv 2502.13189), section 2.2, equations 5 to 8; code at MoonshotAI/MoBA 61e456b
-    (moba_attn_varlen_naive). The gate is unscaled and in fp32, from q and k after RoPE; the own chunk counts in `topk`, later
-    chunks never do. The defaults are the code's for 128k tokens.
+    (moba_attn_varlen_naive). The gate is the dot product with the mean key, unscaled and in fp32, after RoPE; the own chunk
+    counts in `topk`, later chunks never do. The defaults are the code's for 128k tokens.
 
     The paper trains the model with this attention. Here it is put into models that never saw it, so it is no drop-in, and its
     figures are not the paper's. The selection is per query: BlockMask.q_block is 1, and the GPU computes the union of 64
-    neighbouring queries. Chunks are counted from the first key, so a chunked prefill selects what the whole one does. Dense
-    when chunk * topk >= L.
+    neighbouring queries. Equal gates are torch.topk's to order, as in the authors' code. Chunks are counted from the first key,
+    so a chunked prefill selects what the whole one does. Dense when chunk * topk >= L.
     """
 
     name = "moba"
@@ -54,12 +54,11 @@ class MoBA(Method):
         width = min(self.topk, chunks)
         query = torch.arange(kv_len - q_len, kv_len, device=q.device)
         own = query // self.chunk
-        index = torch.empty(batch, heads, q_len, width, dtype=torch.int32, device=q.device)
         chunk = torch.arange(chunks, device=q.device)
         if width == chunks:  # every visible chunk is chosen
-            index[:] = chunk
-            num = (own + 1).to(torch.int32).expand(batch, heads, q_len).contiguous()
+            num, index = (own + 1).to(torch.int32)[None, None], chunk.to(torch.int32).expand(1, 1, q_len, -1).contiguous()
             return BlockMask(num, index, q_len, kv_len, 1, self.chunk, trusted=True)
+        index = torch.empty(batch, heads, q_len, width, dtype=torch.int32, device=q.device)
         grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
         step = max(SCRATCH_ELEMENTS // (batch * heads * max(chunks, q.shape[3])), 1)
         for start in range(0, q_len, step):

@@ -17,8 +17,9 @@ from .base import LayerContext, Method, check_fields, register
 class Oracle(Method):
     """The top blocks of every row by exact softmax mass, or by the largest probability in the block.
 
-    How many a row gets: as many as keep the most mass (or probability) of the whole head for its pairs, so that no other
-    selection of whole blocks with as many pairs a head has a higher recall, up to one block. `threshold` instead of
+    How many a row gets: one at least, and as many as keep the most mass (or probability) of the whole head for its pairs, so
+    that no other selection of whole blocks with as many pairs a head has a higher recall, up to one block, unless one block a
+    row is already most of the density. A chunk of a chunked prefill shares its pairs among its own rows. `threshold` instead of
     `density` keeps, in all heads and layers alike, the blocks whose mass per visible pair exceeds it (and of every row the
     best one that all its queries see): the ceiling also of methods that move pairs between heads and layers, as a threshold
     on a gate's scores does.

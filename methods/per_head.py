@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .base import LayerContext, Method, ModelSpec, dense_attention
+from .base import ModelSpec
 from .spec import parse_tokens
 
 
@@ -86,26 +85,6 @@ def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64 if whole else torch.float64, device=device)
 
 
-@dataclass(frozen=True)
-class _Probe(Method):
-    look: Callable[[Tensor, Tensor, LayerContext], None]
-    name = "head_search"
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        self.look(q, k, ctx)
-        return dense_attention(q, k, v, ctx.scale)
-
-
-@torch.no_grad()
-def visit(model: Any, documents: list[list[int]], look: Callable[[Tensor, Tensor, LayerContext], None]) -> None:
-    """Runs the model dense over the documents (token ids), with look(q, k, ctx) at every layer of each."""
-    from ..models.attach import attach
-
-    with attach(model, _Probe(look)):
-        for ids in tqdm(documents, desc="head search", unit="document"):
-            model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
-
-
 def command(
     argv: list[str] | None,
     method: str,
@@ -120,7 +99,7 @@ def command(
     search(model, spec, documents, **options) returns the content of the per-head file, summary(content) what to print of it;
     options: further arguments by name, as argparse takes them. Returns the exit status, 2 after a ValueError.
     """
-    from ..models import zoo
+    from ..models import zoo  # here, because a method itself needs no model
     from ..suites.corpora import token_windows
 
     parser = argparse.ArgumentParser(prog=f"python -m sparsebench.methods.{method}", description=description)

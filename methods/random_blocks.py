@@ -12,7 +12,7 @@ from ..kernels.block_lists import row_bounds
 from ..kernels.selection import keep_top, random_scores
 from .base import LayerContext, Method, check_fields, register
 
-SCRATCH_ELEMENTS = 1 << 25  # random numbers at a time; a few int64 tensors of them are alive
+SCRATCH_ELEMENTS = 1 << 24  # random numbers at a time; a few int64 tensors of them are alive
 
 
 @register
@@ -20,7 +20,8 @@ SCRATCH_ELEMENTS = 1 << 25  # random numbers at a time; a few int64 tensors of t
 class RandomBlocks(Method):
     """The diagonal block and uniformly drawn causal blocks, up to `density` with the diagonal counted.
 
-    The draw is a hash of (seed, layer, head, absolute row, block): the same on every device and for every batch size.
+    The draw is a hash of (seed, layer, head, absolute row, block): the same on every device and for every batch size. A chunk
+    of a chunked prefill shares its pairs among its own rows.
     """
 
     name = "random"

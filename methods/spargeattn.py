@@ -32,9 +32,11 @@ class SpargeAttn(Method):
         pvthreshd   leaves out P V where all rows of a tile lie this many powers of 2 below their maximum (section 3.4; the
                     authors' kernels work with exponents of 2, default 50). Density stays, it counts the Q K that ran.
 
-    The authors' defaults with topk are simthreshd1=-0.1, topk=0.35; similarity is never negative, so that every whole block
-    is similar. With smooth_k a real model's key blocks may all fall below 0.6 (SmolLM2's do): then everything is kept
-    whatever the knob, and no density below 1 can be reached; lower simthreshd1 or turn smooth_k off.
+    The paper tunes the thresholds of every head on a few inputs until the output's L1 error is small enough, and the code takes
+    one value a head; here every head has the same. The authors' defaults with topk are simthreshd1=-0.1, topk=0.35; similarity
+    is never negative, so that every whole block is similar. With smooth_k a real model's key blocks may all fall below 0.6
+    (SmolLM2's do): then everything is kept whatever the knob, and no density below 1 can be reached; lower simthreshd1 or turn
+    smooth_k off.
 
     As in the authors' kernels a ragged last block is never similar (0 / 0 on its padding), nor is a block with a token of
     length 0, and no diagonal is forced. Left out: INT8 and FP8, which would be confounded with sparsity, and the rounding of
@@ -81,7 +83,9 @@ class SpargeAttn(Method):
 
     @property
     def note(self) -> str:
-        return "no similarity test: every whole block counts as similar" if self.simthreshd1 < 0 else ""
+        if self.simthreshd1 < 0:
+            return "no similarity test: every whole block counts as similar"
+        return "the code's default thresholds in every head, tuned on no model here"
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
         q_len, kv_len = q.shape[2], k.shape[2]

@@ -60,7 +60,7 @@ def parse_methods(text: str) -> list[Method]:
                 raise ValueError(f"{part!r} sets a field of no method; write NAME:{part}")
             specs[-1] += ("," if ":" in specs[-1] else ":") + part
         elif part == "all":
-            specs += sorted(name for name, cls in METHODS.items() if "prefill" in cls.phases)
+            specs += sorted(name for name, cls in METHODS.items() if "prefill" in cls.phases and name not in specs)
         else:
             specs.append(part)
     methods = [_parse_one(spec) for spec in specs]

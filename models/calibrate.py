@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,42 +15,48 @@ from ..methods.base import LayerContext, Method, dense_attention
 from .attach import attach
 
 STEPS = 16
+TOLERANCE = 0.01  # relative
+
+Layer = tuple[Tensor, Tensor, LayerContext]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Capture(Method):
-    """Runs the model dense and keeps every layer's q, k and context."""
-
-    layers: list[tuple[Tensor, Tensor, LayerContext]]
-    name = "capture"
+class _Probe(Method):
+    look: Callable[[Tensor, Tensor, LayerContext], None]
+    name = "probe"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        self.layers.append((q, k, ctx))
+        self.look(q, k, ctx)
         return dense_attention(q, k, v, ctx.scale)
 
 
 @torch.no_grad()
-def capture_layers(model: Any, ids: list[int]) -> list[tuple[Tensor, Tensor, LayerContext]]:
+def visit(model: Any, documents: Iterable[list[int]], look: Callable[[Tensor, Tensor, LayerContext], None]) -> None:
+    """Runs the model dense over the documents (token ids), with look(q, k, ctx) at every layer of each."""
+    with attach(model, _Probe(look)):
+        for ids in documents:
+            model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+
+
+def capture_layers(model: Any, ids: list[int]) -> list[Layer]:
     """q [1, H, L, D], k [1, H_kv, L, D] and context of every layer of the dense model on one sequence."""
-    layers: list[tuple[Tensor, Tensor, LayerContext]] = []
-    with attach(model, _Capture(layers)):
-        model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+    layers: list[Layer] = []
+    visit(model, [ids], lambda *layer: layers.append(layer))
     return layers
 
 
 def calibrate(
     method: Method,
     target: float,
-    layers: list[tuple[Tensor, Tensor, LayerContext]],
+    layers: list[Layer],
     ready: Callable[[Method], Method],
-    tolerance: float = 0.01,
 ) -> tuple[Method, float]:
     """`method` with its knob turned to the density `target` (mean over heads and layers) on the captured layers, and the
     density it has there.
 
     `ready` makes a candidate runnable (Method.prepare for the model, or Method.synthetic).
 
-    Bisection within knob_range to a relative `tolerance`, or as near as the knob's range and steps allow.
+    Bisection within knob_range to 1 % of the target, or as near as the knob's range and steps allow.
     Raises: ValueError when the method has no knob.
     """
     knob = method.knob
@@ -61,19 +67,26 @@ def calibrate(
     whole = float not in (typing.get_args(hint) or (hint,))
     log = method.knob_log
     tried: dict[float, tuple[Method, float]] = {}
-    for _ in range(STEPS):
-        middle = math.sqrt(max(low, 1e-9) * max(high, 1e-9)) if log else (low + high) / 2
-        value = round(middle) if whole else middle
+
+    def density_at(value: float) -> float:
+        value = round(value) if whole else value
         if value not in tried:
             candidate = ready(dataclasses.replace(method, **{knob: value}))  # type: ignore[type-var]
             tried[value] = candidate, sum(_density(candidate, *layer) for layer in layers) / len(layers)
-        density = tried[value][1]
-        if abs(density - target) <= tolerance * target:
+        return tried[value][1]
+
+    for _ in range(STEPS):
+        middle = math.sqrt(low * high) if log else (low + high) / 2
+        density = density_at(middle)
+        if abs(density - target) <= TOLERANCE * target:
             break
         if density < target:
             low = middle
         else:
             high = middle
+    else:  # an end of the range is nearer than anything inside it when the density jumps there
+        density_at(low)
+        density_at(high)
     return min(tried.values(), key=lambda found: abs(found[1] - target))
 
 
@@ -86,7 +99,12 @@ def _density(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> float:
     return 1.0 if ctx.mask is None else float(ctx.mask.density().mean())
 
 
-def knob_setting(method: Method) -> str:
-    """The calibrated knob as a result row keeps it: "local=312"."""
+def calibration_facts(method: Method, target: float, reached: float, text: str) -> dict[str, str]:
+    """What a result row keeps of a calibrated method: the knob ("local=312"), on which text, and a note when it fell short."""
     assert method.knob is not None
-    return f"{method.knob}={getattr(method, method.knob):.6g}"
+    nearest = f"the nearest that its knob gets to density {target:g} is {reached:.3g}"
+    return {
+        "knob": f"{method.knob}={getattr(method, method.knob):.6g}",
+        "calibrated_on": text,
+        "note": "" if abs(reached - target) <= TOLERANCE * target else nearest,
+    }

@@ -15,7 +15,7 @@ from ..kernels import BlockMask, block_sparse_attention
 from ..kernels.block_sparse_attention import block_sparse_attention_reference
 from ..methods.base import LayerContext, Method, ModelSpec, dense_mask, plain_rope
 from ..methods.spec import build
-from ..models.calibrate import calibrate, knob_setting
+from ..models.calibrate import calibrate, calibration_facts
 from .base import Cell, Score, Suite, first_line, register_suite
 
 SHAPE = ModelSpec("llama-3.1-8b-shape", layers=1, heads=32, kv_heads=8, head_dim=128)
@@ -45,9 +45,10 @@ class Speed(Suite):
         if cell.density is None:
             method = method.synthetic(SHAPE, cell.seed)
         else:
-            method, _ = calibrate(method, cell.density, [(q, k, ctx)], lambda m: m.synthetic(SHAPE, cell.seed))
-            self.notes |= {"knob": knob_setting(method), "calibrated_on": "the same random q and k"}
-        self.notes |= {"note": method.note, "kernel": "triton"} if method.note else {"kernel": "triton"}
+            method, reached = calibrate(method, cell.density, [(q, k, ctx)], lambda m: m.synthetic(SHAPE, cell.seed))
+            self.notes |= calibration_facts(method, cell.density, reached, "the same random q and k")
+        note = "; ".join(filter(None, (method.note, self.notes.get("note"))))
+        self.notes |= {"note": note, "kernel": "triton"} if note else {"kernel": "triton"}
         for metric, value, unit in _measure(method, q, k, v, ctx):
             yield Score(cell.task, SHAPE.name, metric, value, unit)
         for name, context, prepare in _baselines(q, k, v, ctx.mask):

@@ -45,7 +45,8 @@ def pytest_terminal_summary(terminalreporter, config):
 def conforms():
     """conforms(method, case, setting, ours, theirs, margin): asserts that two selections agree and counts it for the table.
 
-    ours, theirs: bool tensors of one shape, an entry per block, column or (query, chunk). margin: how far the entry's score is
+    ours, theirs: bool tensors of one shape, an entry per block, column or (query, chunk); of maps [heads, rows, columns] only
+    the causal part counts as compared, differences count everywhere. margin: how far the entry's score is
     from the cut between kept and dropped, where a difference within 1e-6 is a tie; without it every difference counts.
     """
 
@@ -53,7 +54,11 @@ def conforms():
         assert ours.dtype == theirs.dtype == torch.bool and ours.shape == theirs.shape and theirs.any()
         wrong = ours != theirs
         tied = wrong & (margin.abs() <= 1e-6) if margin is not None else torch.zeros_like(wrong)
-        counts = (1, wrong.numel(), int((~wrong).sum()), int(tied.sum()), int((wrong & ~tied).sum()))
+        rows, columns = ours.shape[-2:]
+        past = torch.arange(columns) * rows < (torch.arange(rows)[:, None] + 1) * columns  # in a map, what causality leaves
+        counted = past.expand(ours.shape) if ours.ndim > 2 else torch.ones_like(wrong)
+        equal = int((counted & ~wrong).sum())
+        counts = (1, equal + int(wrong.sum()), equal, int(tied.sum()), int((wrong & ~tied).sum()))
         total = AGREEMENT[method, case]
         total[:] = [a + b for a, b in zip(total, counts)]
         assert counts[-1] == 0, f"{method}, case {case}, {setting}: {counts[-1]} of {counts[1]} entries differ"

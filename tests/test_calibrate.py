@@ -16,7 +16,7 @@ from sparsebench.methods.random_blocks import RandomBlocks
 from sparsebench.methods.seer import AttnGate, Seer
 from sparsebench.methods.spec import build
 from sparsebench.models import load
-from sparsebench.models.calibrate import calibrate, capture_layers, knob_setting
+from sparsebench.models.calibrate import calibrate, calibration_facts, capture_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 700
@@ -70,7 +70,7 @@ def test_trained_gates_read_the_captured_layers(loaded, layers):
     gate = AttnGate("Qavg_Kmaxminavg", 16, head_dim=16, gate_dim=16, heads=4, kv_heads=2)
     found, _ = calibrate(Seer(gate=gate, last_dense=0), 0.3, layers, lambda m: m.prepare(loaded.spec))
     assert counted_density(found, layers) == pytest.approx(0.3, rel=0.01)
-    assert 0 < found.threshold < 1 and knob_setting(found) == f"threshold={found.threshold:.6g}"
+    assert 0 < found.threshold < 1 and calibration_facts(found, 0.3, 0.3, "")["knob"] == f"threshold={found.threshold:.6g}"
 
 
 def test_coarse_steps_give_the_nearest(layers):
@@ -112,3 +112,21 @@ def test_a_number_that_was_stored_as_a_whole_one_still_turns(layers):
 def test_a_method_without_a_knob_is_refused(layers):
     with pytest.raises(ValueError, match="dense has no knob"):
         calibrate(METHODS["dense"](), 0.25, layers, as_it_is)
+
+
+@dataclass(frozen=True)
+class Jump(Method):
+    """Dense at the end of its range, almost empty everywhere else."""
+
+    level: float = 0.5
+    name = "jump"
+    knob = "level"
+    knob_range = (0.0, 1.0)
+
+    def select(self, q, k, ctx):
+        return sink_and_window(q.shape[2], k.shape[2], 0, LENGTH if self.level == 1 else 1)
+
+
+def test_the_ends_of_the_range_are_tried(layers):
+    found, reached = calibrate(Jump(), 0.9, layers, as_it_is)
+    assert found.level == reached == 1

@@ -60,6 +60,14 @@ def test_plugins_are_left_out(build, monkeypatch):
     assert build.page() == before
 
 
+def test_every_comparison_is_counted(agreement):
+    """The table has the methods whose tests compare with the authors' selections, no fewer."""
+    tests = Path(__file__).parent / "methods"
+    compared = {file.stem for file in tests.glob("test_*.py") if "conforms(" in file.read_text()}
+    files = {"static": {"tri_shape"}}
+    assert {row["method"] for row in agreement} == set().union(*(files.get(name[5:], {name[5:]}) for name in compared))
+
+
 def test_conformance_counts(build, agreement, tmp_path):
     """Committed: no entry differs, and counts add up. Made up: ties and differences would be named."""
     assert agreement

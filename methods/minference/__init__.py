@@ -35,6 +35,12 @@ class MInference(Method):
         {"model": name, "layers": [[[vertical, slash] or null, ... one per query head], ... one per layer]}
     A null head or layer has the fields' budgets. `scale` multiplies all budgets; 30 verticals and 50 slashes are the least.
 
+    The paper has three kinds of heads (A-shape, vertical-slash, block-sparse); 13 of the 14 configurations that the code ships
+    are vertical-slash alone, and its search runs A-shape winners as vertical-slash and gives block-sparse winners (1000, 6096),
+    so this is vertical-slash alone (`a_shape` and `block_topk` are methods of their own). The first 30 columns and the nearest
+    100 diagonals come before all others (30 diagonals in the search). The lines of a higher `scale` hold those of a lower one;
+    the tokens need not, because merged blocks fall elsewhere.
+
     Lines are ranked once per forward pass by its last queries, so an early query's keys depend on later tokens (as in the
     authors' code), and a chunk of a chunked prefill is ranked by its own last 64 queries.
     """
@@ -95,7 +101,7 @@ class MInference(Method):
 
 def _budget(head: Any) -> Budget:
     vertical, slash = head
-    if not (isinstance(vertical, int) and isinstance(slash, int) and vertical > 0 and slash > 0):
+    if not (type(vertical) is type(slash) is int and vertical > 0 and slash > 0):
         raise ValueError(f"{head} is no pair of positive integers")
     return vertical, slash
 

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ...kernels.block_mass import attention_map
 from ...kernels.line_scores import line_scores
+from ...models.calibrate import visit
 from ..base import LayerContext, ModelSpec
-from ..per_head import command, visit
+from ..per_head import command
 from . import FORCED_VERTICAL, LAST_QUERIES, top_lines
 
 FIRST_ROW = 2500  # mass is counted from this query on; from the middle when the text is shorter than twice that
@@ -87,7 +89,7 @@ def search(model: Any, spec: ModelSpec, documents: list[list[int]]) -> dict[str,
     def look(q: Tensor, k: Tensor, ctx: LayerContext) -> None:
         mass[ctx.layer] += kept_mass(q, k, ctx.scale, GRID).to(mass)
 
-    visit(model, documents, look)
+    visit(model, tqdm(documents, desc="search", unit="document"), look)
     best = [[GRID[i] for i in layer.argmax(0).tolist()] for layer in mass]
     return {"model": spec.name, "layers": [[[head.vertical, head.slash] for head in layer] for layer in best]}
 

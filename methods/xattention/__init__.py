@@ -45,8 +45,8 @@ class XAttention(Method):
     and turning it as the knob is no option then. The paper's headline results use searched thresholds, 0.8 in the mean.
 
     In chunked prefill a row keeps what it would keep in a prompt that ends with the call, exact where q starts at a multiple
-    of `block`; elsewhere rows are counted from q's first one and both blocks they lie in are their own. It equals the whole
-    prompt's choice but for rule="code" when the longer prompt's chunks have another size.
+    of `block`; elsewhere rows are counted from q's first one and both blocks they lie in are their own. For chunks that start
+    and end at multiples of `block` that is the whole prompt's choice, unless rule="code" cuts the longer prompt otherwise.
     """
 
     name = "xattention"

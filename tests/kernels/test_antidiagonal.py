@@ -27,6 +27,7 @@ SHAPES = {
     "chunk": (1, 2, 1, 256, 640, 64, 8, 128),
     "chunk inside a block": (1, 2, 1, 70, 333, 64, 8, 128),
     "chunk inside a group": (1, 2, 1, 9, 300, 64, 8, 128),
+    "stride 1, chunk inside a block": (1, 2, 1, 197, 200, 16, 1, 128),
     "one query": (1, 2, 1, 1, 150, 64, 8, 128),
     "one token": (1, 2, 1, 1, 1, 64, 8, 128),
 }

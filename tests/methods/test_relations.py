@@ -194,23 +194,18 @@ def test_grouped_kv_heads_equal_repeated_ones(name):
     )
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_oracle_recall_is_the_ceiling_at_equal_row_budgets(name):
-    """No choice of as many tiled blocks keeps more of a row's attention mass than the oracle's first ones."""
-    q, k, v = tensors(500, 500)
-    mask = run(build(name), q, k, v)[1]
-    if mask.step != mask.kv_block or mask.column_indices is not None:
-        pytest.skip(f"{name}'s blocks do not tile the keys")
+@pytest.mark.parametrize("name", sorted(set(SPARSE) - {"oracle"}))
+def test_oracle_recall_is_the_ceiling(name):
+    """At a head's density no choice of 64-token blocks keeps more of its attention mass, up to one block. Finer choices (columns,
+    windows, single queries) might; on these inputs none does."""
+    q, k, v = tensors(640, 640)
+    kept, mask = selected(build(name), q, k, v), run(build(name), q, k, v)[1]
     logits = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 64**-0.5
-    p = logits.masked_fill(~torch.ones(500, 500, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
-    rows = torch.arange(500) // mask.q_block
-    kept = (p * selected(build(name), q, k, v)).sum(-1)
-    kept = torch.zeros(1, 4, int(rows.max()) + 1, dtype=torch.float64).index_add_(2, rows, kept)
-    ranked = block_mass(q, k, 64**-0.5, mask.q_block, mask.kv_block).sort(dim=-1, descending=True).values
-    num = mask.kv_num_blocks.repeat_interleave(4 // mask.kv_num_blocks.shape[1], dim=1)
-    ceiling = (ranked * (torch.arange(ranked.shape[-1]) < num[..., None])).sum(-1)
-    assert (kept <= ceiling + 1e-3).all()
-    if name == "oracle":
-        assert torch.allclose(kept, ceiling.double(), atol=1e-3)
-    elif name == "random":
-        assert kept.sum() < 0.95 * ceiling.sum()
+    p = logits.masked_fill(~torch.ones(640, 640, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
+    mass, density = (p * kept).sum((-1, -2)), kept.sum((-1, -2)).double() / mask.visible_pairs()
+    one_block = block_mass(q, k, 64**-0.5, 64, 64).amax((-1, -2))
+    for h in range(4):
+        best = selected(METHODS["oracle"](density=float(density[0, h])), q, k, v)
+        assert mass[0, h] <= (p * best)[0, h].sum() + one_block[0, h]
+        if name == "random":
+            assert mass[0, h] < 0.95 * (p * best)[0, h].sum()
