@@ -85,7 +85,7 @@ class SpargeAttn(Method):
     def note(self) -> str:
         if self.simthreshd1 < 0:
             return "no similarity test: every whole block counts as similar"
-        return "the code's default thresholds in every head, tuned on no model here"
+        return "one set of thresholds for every head, tuned on no model here"
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
         q_len, kv_len = q.shape[2], k.shape[2]

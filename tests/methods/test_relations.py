@@ -196,7 +196,7 @@ def test_grouped_kv_heads_equal_repeated_ones(name):
 
 @pytest.mark.parametrize("name", sorted(set(SPARSE) - {"oracle"}))
 def test_oracle_recall_is_the_ceiling(name):
-    """At a head's density no choice of 64-token blocks keeps more of its attention mass, up to one block. Finer choices (columns,
+    """At a head's density no choice of 64-token blocks keeps more of its attention mass, up to one block. Finer ones (columns,
     windows, single queries) might; on these inputs none does."""
     q, k, v = tensors(640, 640)
     kept, mask = selected(build(name), q, k, v), run(build(name), q, k, v)[1]

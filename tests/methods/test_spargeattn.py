@@ -199,7 +199,7 @@ def test_threshold_of_skipped_products_is_in_powers_of_two():
 def test_random_tensors_of_the_speed_suite_are_not_dense():
     q, k = torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64)
     method = SpargeAttn(topk=0.25)
-    assert (sparsebench.select(method, q, k).density() == 1).all() and not method.note
+    assert (sparsebench.select(method, q, k).density() == 1).all() and "similar" not in method.note
     random = method.synthetic(None, 0)
     assert (sparsebench.select(random, q, k).density() < 0.6).all() and "similar" in random.note
 
