@@ -32,7 +32,7 @@ from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import calibrate, calibration_facts, capture_layers
 from sparsebench.results import Store, provenance, report
-from sparsebench.results.store import digest
+from sparsebench.results.store import digest, write_atomically
 from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell
 from sparsebench.suites.base import NotApplicable, canonical_json, first_line
@@ -273,9 +273,7 @@ def calibrated(
             return turned.prepare(spec), found["density_reached"]
     method, reached = calibrate(method, density, captured(model, text), lambda m: m.prepare(spec))
     folder.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(".part")
-    part.write_text(canonical_json(asked | {"value": getattr(method, str(method.knob)), "density_reached": reached}))
-    part.replace(kept)
+    write_atomically(kept, canonical_json(asked | {"value": getattr(method, str(method.knob)), "density_reached": reached}))
     return method, reached
 
 

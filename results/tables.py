@@ -24,7 +24,7 @@ PLACE = ["suite", "task", "ctx_len"]
 STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high"]
 DENSITY = ["density", "density_min", "density_max"]
 PROVENANCE = ["gpu", "driver", "cpu", "torch", "triton", "transformers", "kernel", "knob", "calibrated_on"]
-PROVENANCE += ["git_commit", "source_sha256"]
+PROVENANCE += ["git_commit", "git_dirty", "source_sha256"]
 SUMMARY = ["key", *ROW, *TEXT, *SETTINGS, *PLACE, "metric", "unit", "value", *STATS, *DENSITY]
 
 
