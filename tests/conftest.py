@@ -42,8 +42,8 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture
-def conforms():
-    """conforms(method, case, setting, ours, theirs, margin): asserts that two selections agree and counts it for the table.
+def check_conforms():
+    """check_conforms(method, case, setting, ours, theirs, margin): asserts that selections agree and counts it for the table.
 
     ours, theirs: bool tensors of one shape, an entry per block, column or (query, chunk); of maps [heads, rows, columns] only
     the causal part counts as compared, differences count everywhere. margin: how far the entry's score is

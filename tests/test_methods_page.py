@@ -63,7 +63,7 @@ def test_plugins_are_left_out(build, monkeypatch):
 def test_every_comparison_is_counted(agreement):
     """The table has the methods whose tests compare with the authors' selections, no fewer."""
     tests = Path(__file__).parent / "methods"
-    compared = {file.stem for file in tests.glob("test_*.py") if "conforms(" in file.read_text()}
+    compared = {file.stem for file in tests.glob("test_*.py") if "check_conforms(" in file.read_text()}
     files = {"static": {"tri_shape"}}
     assert {row["method"] for row in agreement} == set().union(*(files.get(name[5:], {name[5:]}) for name in compared))
 

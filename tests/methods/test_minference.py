@@ -41,7 +41,7 @@ class TestConformance:
         assert expected_vertical[:, :30].isinf().all() and expected_slash[:, :100].isinf().all()
 
     @pytest.mark.parametrize("budget", BUDGETS)
-    def test_lines(self, conformance, conforms, case, budget):
+    def test_lines(self, conformance, check_conforms, case, budget):
         q, k, theirs = self.load(conformance, case)
         scores = line_scores(q, k, q.shape[-1] ** -0.5, 64)
         names = (f"vs/{budget[0]}_{budget[1]}/{line}_idx" for line in "vs")
@@ -49,7 +49,7 @@ class TestConformance:
             score[..., :forced] = float("inf")
             chosen = top_lines(score, (size,) * q.shape[1])[0]
             expected = torch.zeros_like(chosen).scatter_(1, theirs[name].long(), True)
-            conforms("minference", case, name, chosen, expected)
+            check_conforms("minference", case, name, chosen, expected)
 
     @pytest.mark.parametrize("budget", BUDGETS)
     def test_blocks_and_columns(self, conformance, case, budget):
@@ -247,3 +247,9 @@ class WordNumbers:
 def test_refuses_values_out_of_range(fields):
     with pytest.raises(ValueError, match="out of range"):
         MInference(**fields)
+
+
+def test_lines_of_a_larger_budget_hold_those_of_a_smaller_one():
+    scores = torch.randn(2, 3, 200).round(decimals=1)  # with ties
+    fewer, more = top_lines(scores, (20, 50, 80)), top_lines(scores, (21, 90, 80))
+    assert not (fewer & ~more).any() and (more.sum(-1) == torch.tensor([21, 90, 80])).all()

@@ -24,7 +24,7 @@ class TestConformance:
         q, k = (inputs[name][None].float() for name in "qk")
         return q, k, theirs, settings
 
-    def test_maps(self, conformance, conforms, case):
+    def test_maps(self, conformance, check_conforms, case):
         q, k, theirs, settings = self.load(conformance, case)
         for match in settings:
             q_block, kv_block, sim, rule, value, smooth = match.groups()
@@ -33,7 +33,7 @@ class TestConformance:
                 **{"cdfthreshd" if rule == "cdf" else "topk": float(value)},
             )  # fmt: skip
             mask = sparsebench.select(method, q, k)
-            conforms("spargeattn", case, match[0], mask.dense()[0], theirs[match[0]])
+            check_conforms("spargeattn", case, match[0], mask.dense()[0], theirs[match[0]])
             dataclasses.replace(mask, trusted=False).check()
 
     def test_similarity(self, conformance, case):

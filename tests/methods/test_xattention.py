@@ -41,18 +41,18 @@ class TestConformance:
         assert (got - theirs[f"torch_fp32_multichunk/n{SHORT[case]}_c1024/s{stride}/attn_sums"]).abs().max() < 1e-4
 
     @pytest.mark.parametrize("stride, threshold", SETTINGS)
-    def test_masks(self, conformance, conforms, case, stride, threshold):
+    def test_masks(self, conformance, check_conforms, case, stride, threshold):
         q, k, theirs = load(conformance, case)
         ours = sparsebench.select(XAttention(stride, threshold), q, k).dense()[0]
         setting = f"s{stride}/th{threshold}"
-        conforms("xattention", case, setting, ours, theirs[f"torch_fp32/{setting}/mask.bits"])
+        check_conforms("xattention", case, setting, ours, theirs[f"torch_fp32/{setting}/mask.bits"])
 
     @pytest.mark.parametrize("stride, threshold", SETTINGS)
-    def test_masks_of_several_chunks(self, conformance, conforms, case, stride, threshold):
+    def test_masks_of_several_chunks(self, conformance, check_conforms, case, stride, threshold):
         q, k, theirs = load(conformance, case, SHORT[case])
         ours = sparsebench.select(XAttention(stride, threshold, chunk=1024), q, k).dense()[0]
         setting = f"torch_fp32_multichunk/n{SHORT[case]}_c1024/s{stride}/th{threshold}"
-        conforms("xattention", case, setting, ours, theirs[f"{setting}/mask.bits"])
+        check_conforms("xattention", case, setting, ours, theirs[f"{setting}/mask.bits"])
 
     @pytest.mark.parametrize("path", ["triton_bf16", "torch_bf16", "triton_fp32"])
     def test_their_gpu_paths_round(self, conformance, case, path):
