@@ -180,7 +180,7 @@ def check_fields(method: Method, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(method, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{method.name}:{name}={value} is out of range [{low:g}, {high:g}]")
+            raise ValueError(f"{method.name}:{name}={value} is out of range [{low:.10g}, {high:.10g}]")
 
 
 def _context(q, k, v, q_pre, k_pre, rope_theta, layer) -> LayerContext:

@@ -49,9 +49,10 @@ class FlexPrefill(Method):
     min_budget 0) still keep the first column and the main diagonal when another head of the layer has lines; where none has,
     rows can stay empty, and running that mask raises an error. Both hold here, per batch row.
 
-    Ours: ties go to the earlier key block and the nearer diagonal. The code needs as many queries as keys. In a chunk of a
-    chunked prefill the lines are ranked by the chunk's own last queries, the sum of a query-aware head is gamma x the
-    chunk's rows, and a block of queries across two key blocks gets the slashes of both: no query sees less than its lines.
+    Ours: ties go to the earlier key block and the nearer diagonal. The code needs as many queries as keys, and here a chunk of
+    a chunked prefill is refused, because a query-aware head weighs all rows of the prompt against one another. With tau=0 a
+    chunk is the end of the prompt so far, its lines ranked by its own last queries; a block of queries across two key blocks
+    gets the slashes of both.
     """
 
     name = "flexprefill"
@@ -88,6 +89,10 @@ class FlexPrefill(Method):
         visible = causal_blocks(q_len, kv_len, self.block, self.block, q.device)
         if self.runs_dense(q_len, kv_len):
             return BlockMask.from_dense(visible[None, None], q_len, kv_len, self.block, self.block, trusted=True)
+        if self.tau > 0 and q_len < kv_len:
+            raise ValueError(
+                f"flexprefill takes no chunk of a prompt ({q_len} of {kv_len} tokens): prefill at once, or set flexprefill:tau=0"
+            )
         rows = min(self.block, q_len)
         lines = torch.stack(line_scores(q, k, ctx.scale, rows)) / rows
         mass = block_sums(lines, self.block)
