@@ -91,7 +91,7 @@ class FlexPrefill(Method):
             return BlockMask.from_dense(visible[None, None], q_len, kv_len, self.block, self.block, trusted=True)
         if self.tau > 0 and q_len < kv_len:
             raise ValueError(
-                f"flexprefill takes no chunk of a prompt ({q_len} of {kv_len} tokens): prefill at once, or set flexprefill:tau=0"
+                f"flexprefill takes no chunk of a prompt ({q_len} of {kv_len} tokens): prefill whole, or set flexprefill:tau=0"
             )
         rows = min(self.block, q_len)
         lines = torch.stack(line_scores(q, k, ctx.scale, rows)) / rows
