@@ -166,7 +166,7 @@ def make_job(
 ) -> Job:  # fmt: skip
     suite, note = SUITES[suite_name], ""
     if method.knob is None and density is not None:
-        density, note = None, "" if method.name == "dense" else "no knob: its density is what it is"
+        density, note = None, "" if method.name == "dense" else "no knob: its density is fixed"
     params = file_digests(method, model) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
         model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
