@@ -12,7 +12,7 @@ import pandas as pd
 from .plots import perplexity_plots
 from .store import write_atomically
 from .tables import leaderboard, summary
-from .text import alarms, compact, problems
+from .text import alarms, compact, notes, problems
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
 div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;
@@ -43,7 +43,7 @@ def render(frame: pd.DataFrame, plots: Iterable[Path], title: str) -> str:
     for plot in plots:
         picture = base64.b64encode(plot.read_bytes()).decode()
         body.append(f'<p><img alt="{escape(plot.stem)}" src="data:image/png;base64,{picture}"></p>')
-    for heading, lines in (("Look again", alarms(table)), ("Skipped and failed", problems(frame)), ("Notes", _notes(table))):
+    for heading, lines in (("Look again", alarms(table)), ("Skipped and failed", problems(frame)), ("Notes", notes(table))):
         if lines:
             body += [f"<h2>{heading}</h2><ul>", *(f"<li>{escape(line)}</li>" for line in lines), "</ul>"]
     body += ["<h2>Leaderboard</h2>", _html(leaderboard(frame)), "<h2>Provenance</h2>", _html(_provenance(frame))]
@@ -54,11 +54,6 @@ def render(frame: pd.DataFrame, plots: Iterable[Path], title: str) -> str:
 
 def _html(table: pd.DataFrame) -> str:
     return f"<div>{table.to_html(index=False, na_rep='', border=0, float_format='{:.4g}'.format)}</div>"
-
-
-def _notes(table: pd.DataFrame) -> list[str]:
-    noted = table.loc[table["note"] != "", ["label", "note"]].drop_duplicates()
-    return [f"{label}: {note}" for label, note in zip(noted["label"], noted["note"])]
 
 
 def _provenance(frame: pd.DataFrame) -> pd.DataFrame:

@@ -20,13 +20,16 @@ SPEED_COLUMNS = {  # what the terminal and the report show of the speed suite, i
 
 
 def print_table(frame: pd.DataFrame) -> str:
-    """The tables of a terminal: one per suite and model, with what was skipped, what failed and what looks wrong below."""
+    """The tables of a terminal: one per suite and model; below them the notes, what looks wrong, what was skipped or failed."""
     table = summary(frame)
     parts = []
     for _, group in table.groupby(["suite", "model"], sort=True):
         title, rows = compact(group)
         parts.append(f"{title}\n" + tabulate.tabulate(rows.to_dict("list"), headers="keys", disable_numparse=True))
-    return "\n\n".join(parts + ["\n".join(lines) for lines in (alarms(table), problems(frame)) if lines]) or "no results yet"
+    return (
+        "\n\n".join(parts + ["\n".join(lines) for lines in (notes(table), alarms(table), problems(frame)) if lines])
+        or "no results yet"
+    )
 
 
 def compact(group: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -79,6 +82,12 @@ def _number(value: Any) -> str:
 
 def _with_interval(value: float, low: float, high: float) -> str:
     return _number(value) if pd.isna(low) else f"{_number(value)} [{_number(low)}, {_number(high)}]"
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """A line for every method and note: what a reader of its rows must know (an unreached density, an untuned setting)."""
+    said = table[table["note"] != ""].drop_duplicates(["label", "note"])
+    return [f"note: {label}: {note}" for label, note in zip(said["label"], said["note"])]
 
 
 def alarms(table: pd.DataFrame) -> list[str]:

@@ -236,3 +236,12 @@ def test_empty_frame(store):
 @pytest.mark.parametrize("tokens, name", [(2048, "2k"), (131072, "128k"), (1500, "1500")])
 def test_ctx_name(tokens, name):
     assert ctx_name(tokens) == name
+
+
+def test_notes_stand_below_the_tables_once(store):
+    store.write(DENSE, nll({"a": (20.0, 10)}), {"label": "dense", "note": ""}, density=1.0)
+    for ctx_len in (2048, 4096):
+        cell = dataclasses.replace(SEER, ctx_len=ctx_len)
+        store.write(cell, nll({"a": (21.0, 10)}), {"label": "seer", "note": "the nearest is 0.3"}, density=0.3)
+    text = print_table(store.frame())
+    assert text.count("note: ") == text.count("note: seer: the nearest is 0.3") == 1
