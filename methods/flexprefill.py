@@ -61,8 +61,8 @@ class FlexPrefill(Method):
     knob = "gamma"
     knob_range = (0.01, 1.0)
 
-    gamma: float = 0.9
-    tau: float = 0.1
+    gamma: float = 0.9  # share of attention kept
+    tau: float = 0.1  # Jensen-Shannon distance of query-aware heads, less than this
     min_budget: int | None = 512  # tokens
     max_budget: int | None = None  # tokens
     block: int = 128  # tokens

@@ -37,7 +37,7 @@ class Oracle(Method):
     density: float = 0.1  # share of the causally visible pairs, per head
     by: str = "mass"  # "mass" or "max"
     block: int = 64  # tokens
-    threshold: float | None = None
+    threshold: float | None = None  # mass per visible pair, instead of density
 
     def __post_init__(self):
         check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20), threshold=(0.0, 1.0))

@@ -32,7 +32,7 @@ class RandomBlocks(Method):
 
     density: float = 0.1  # share of the causally visible pairs, per head
     block: int = 64  # tokens
-    seed: int = 0
+    seed: int = 0  # of the draw
 
     def __post_init__(self):
         check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20), seed=(0, 2**32 - 1))

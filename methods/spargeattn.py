@@ -57,11 +57,11 @@ class SpargeAttn(Method):
     knob = "cdfthreshd"  # an instance with topk carries that one
     knob_range = (0.0, 1.0)
 
-    simthreshd1: float = 0.6
-    cdfthreshd: float = 0.98
+    simthreshd1: float = 0.6  # mean cosine in a similar block, more than this
+    cdfthreshd: float = 0.98  # share of P kept
     topk: float | None = None  # share of all key blocks
     smooth_k: bool = True
-    pvthreshd: float | None = None
+    pvthreshd: float | None = None  # powers of 2
     q_block: int = 128  # tokens
     kv_block: int = 64  # tokens
 

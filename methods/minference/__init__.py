@@ -27,6 +27,7 @@ Budget = tuple[int, int]  # (vertical, slash)
 class MInference(Method):
     """Every head keeps its best `vertical` key columns and `slash` diagonals, ranked by the attention of the last 64 queries.
 
+    Source: Jiang et al. 2024 (arXiv 2407.02490), Algorithm 2, as its code runs (microsoft/MInference fb56c91).
     The lines run as 64-token blocks over the slashes plus single columns (kernels/vertical_slash.py), which covers 1.1 to 2.6
     times the pairs of the lines themselves: density is what ran. The defaults are the code's for a head that was not
     searched; they are near-dense below 16k tokens.
@@ -53,10 +54,10 @@ class MInference(Method):
     knob_log = True
     needs = "search"
 
-    vertical: int = 1000
-    slash: int = 6096
-    config: str | None = None
-    scale: float = 1.0
+    vertical: int = 1000  # key columns
+    slash: int = 6096  # diagonals
+    config: str | None = None  # per-head file
+    scale: float = 1.0  # of all budgets
 
     def __post_init__(self):
         check_fields(self, vertical=(1, math.inf), slash=(1, math.inf), scale=(0.0, math.inf))

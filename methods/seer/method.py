@@ -34,6 +34,7 @@ HOW_TO_GET = f"give one with seer:gate=PATH, or train one: {TRAIN}"
 class Seer(Method):
     """A trained gate (AttnGate) scores every key block from q and k before RoPE.
 
+    Source: Gao et al. 2024 (arXiv 2410.13276), section 3, as its prefill code runs (microsoft/SeerAttention aba03e3).
     S = softmax(block-causal gate logits), fp32.
 
     At most one of four fields says what a row keeps (none means threshold=2e-3; the paper's 5e-4 on RULER, 2e-3 on LongBench):
@@ -59,12 +60,12 @@ class Seer(Method):
     knob_log = KNOBS["threshold"][2]
     needs = "training"
 
-    gate: str | Path | AttnGate | LayerGates | None = None
-    threshold: float | None = None
-    nz_ratio: float | None = None
-    budget: int | None = None
-    top_p: float | None = None
-    last_dense: int = 2
+    gate: str | Path | AttnGate | LayerGates | None = None  # None: the one shipped for the model
+    threshold: float | None = None  # on S
+    nz_ratio: float | None = None  # share of all blocks
+    budget: int | None = None  # blocks per row
+    top_p: float | None = None  # share of S
+    last_dense: int = 2  # query blocks
     share_gqa: bool = False
     diagonal: bool = False
 

@@ -57,8 +57,8 @@ class XAttention(Method):
     needs = "search"
 
     stride: int = 8  # tokens, a power of 2
-    threshold: float = 0.9
-    thresholds: str | None = None
+    threshold: float = 0.9  # share of a row's mass kept
+    thresholds: str | None = None  # per-head file
     block: int = 128  # tokens
     rule: str = "code"  # "code" or "paper"
     chunk: int | None = None  # tokens
