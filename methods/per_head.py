@@ -1,4 +1,4 @@
-"""Settings of every head that were searched for a model: their file, and the command that writes it."""
+"""Settings of every head that were searched for a model: their file, the methods that read it, the command that writes it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import ModelSpec
+from .base import Method, ModelSpec
 from .spec import parse_tokens
 
 
@@ -76,6 +76,41 @@ def _load(path: str, modified_ns: int, parse: Callable[[Any], Any], form: str) -
         return PerHead(path, str(content["model"]), layers, hashlib.sha256(raw).hexdigest()[:16], content)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is no file of {{"model": name, "layers": [[{form}, ...], ...]}}: {error!r}') from error
+
+
+class SearchedMethod(Method):
+    """A method whose settings can be searched for every head of a model: the field `file_field` names their file, the other
+    fields stand in where it is None."""
+
+    needs = "search"
+    file_field: ClassVar[str]
+    form: ClassVar[str]  # how the file writes one head's setting
+
+    @staticmethod
+    def parse_head(head: Any) -> Any:
+        """A setting from its JSON value. Raises: ValueError or TypeError for a bad one."""
+        raise NotImplementedError
+
+    @property
+    def searched(self) -> PerHead | None:
+        """The content of the file. Raises: ValueError when it is missing or malformed."""
+        path = getattr(self, self.file_field)
+        return None if path is None else load(f"{self.name}:{self.file_field}", path, self.parse_head, self.form)
+
+    def of_layer(self, layer: int, heads: int) -> list[Any]:
+        """The setting of every query head, None where nothing was searched. Raises: ValueError when the file does not fit."""
+        searched = self.searched
+        return searched.of_layer(layer, heads) if searched else [None] * heads
+
+    def prepare(self, model: ModelSpec) -> Method:
+        """Checks the file against the model. Raises: ValueError when it was searched for another one."""
+        if searched := self.searched:
+            searched.check_model(model, self.name)
+        return self
+
+    def params(self) -> dict[str, Any]:
+        searched = self.searched
+        return super().params() | ({f"{self.file_field}_sha256": searched.sha256} if searched else {})
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...kernels import BlockMask
 from ...kernels.line_scores import line_scores
 from ...kernels.vertical_slash import vertical_slash_mask
-from ..base import LayerContext, Method, ModelSpec, check_fields, register
-from ..per_head import PerHead, load, on_device
+from ..base import LayerContext, check_fields, register
+from ..per_head import SearchedMethod, on_device
 
 LAST_QUERIES = 64  # the queries whose attention ranks the lines
 MIN_VERTICAL, MIN_SLASH = 30, 50  # fewest lines of a head
@@ -24,7 +24,7 @@ Budget = tuple[int, int]  # (vertical, slash)
 
 @register
 @dataclass(frozen=True)
-class MInference(Method):
+class MInference(SearchedMethod):
     """Every head keeps its best `vertical` key columns and `slash` diagonals, ranked by the attention of the last 64 queries.
 
     Source: Jiang et al. 2024 (arXiv 2407.02490), Algorithm 2, as its code runs (microsoft/MInference fb56c91).
@@ -52,7 +52,7 @@ class MInference(Method):
     knob = "scale"
     knob_range = (0.005, 64.0)
     knob_log = True
-    needs = "search"
+    file_field, form = "config", "[vertical, slash]"
 
     vertical: int = 1000  # key columns
     slash: int = 6096  # diagonals
@@ -74,37 +74,23 @@ class MInference(Method):
 
     def budgets(self, layer: int, heads: int, kv_len: int) -> list[Budget]:
         """(vertical, slash) that run in every query head of a layer. Raises: ValueError when `config` does not fit."""
-        searched = self._searched()
         own = (self.vertical, self.slash)
         floors = (MIN_VERTICAL, MIN_SLASH)
         return [
             tuple(min(max(round(lines * self.scale), floor), kv_len) for lines, floor in zip(budget or own, floors))  # type: ignore[misc]
-            for budget in (searched.of_layer(layer, heads) if searched else [None] * heads)
+            for budget in self.of_layer(layer, heads)
         ]
 
-    def _searched(self) -> PerHead | None:
-        return load("minference:config", self.config, _budget, "[vertical, slash]") if self.config is not None else None
-
-    def prepare(self, model: ModelSpec) -> MInference:
-        """Checks `config` against the model. Raises: ValueError when it was searched for another one."""
-        if searched := self._searched():
-            searched.check_model(model, self.name)
-        return self
+    @staticmethod
+    def parse_head(head: Any) -> Budget:
+        vertical, slash = head
+        if not (type(vertical) is type(slash) is int and vertical > 0 and slash > 0):
+            raise ValueError(f"{head} is no pair of positive integers")
+        return vertical, slash
 
     @property
     def note(self) -> str:
         return "" if self.config else "every head has the default budgets (no head search)"
-
-    def params(self) -> dict[str, Any]:
-        searched = self._searched()
-        return super().params() | ({"config_sha256": searched.sha256} if searched else {})
-
-
-def _budget(head: Any) -> Budget:
-    vertical, slash = head
-    if not (type(vertical) is type(slash) is int and vertical > 0 and slash > 0):
-        raise ValueError(f"{head} is no pair of positive integers")
-    return vertical, slash
 
 
 def top_lines(scores: Tensor, budgets: tuple[int, ...]) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...kernels import BlockMask
 from ...kernels.antidiagonal import antidiagonal_mass
 from ...kernels.block_lists import SCRATCH_ELEMENTS
-from ..base import LayerContext, Method, ModelSpec, register
-from ..per_head import PerHead, load, on_device
+from ..base import LayerContext, register
+from ..per_head import SearchedMethod, on_device
 
 BLOCKS = (64, 128)  # query blocks that the sparse attention kernel runs with
 LEAST_CHUNK = 2048  # tokens
@@ -21,7 +21,7 @@ CHUNK_PAIRS = 1 << 28  # chunk x kv_len of long prompts
 
 @register
 @dataclass(frozen=True)
-class XAttention(Method):
+class XAttention(SearchedMethod):
     """Every row of blocks keeps its best ones by antidiagonal sums until they hold a share `threshold` of the row's mass.
 
     A block's score is its softmax mass in the map of antidiagonal sums of stride `stride` (kernels/antidiagonal.py): the
@@ -54,7 +54,7 @@ class XAttention(Method):
     cost = "L^2 D / (2 stride) products, N sorts of N"
     knob = "threshold"
     knob_range = (0.01, 1.0)
-    needs = "search"
+    file_field, form = "thresholds", "threshold"
 
     stride: int = 8  # tokens, a power of 2
     threshold: float = 0.9  # share of a row's mass kept
@@ -100,36 +100,21 @@ class XAttention(Method):
 
     def of_heads(self, layer: int, heads: int) -> tuple[float, ...]:
         """The threshold of every query head of a layer. Raises: ValueError when `thresholds` does not fit."""
-        searched = self._searched()
-        found = searched.of_layer(layer, heads) if searched else [None] * heads
-        return tuple(float(self.threshold if threshold is None else threshold) for threshold in found)
+        return tuple(float(self.threshold if found is None else found) for found in self.of_layer(layer, heads))
 
-    def _searched(self) -> PerHead | None:
-        return load("xattention:thresholds", self.thresholds, _threshold, "threshold") if self.thresholds is not None else None
-
-    def prepare(self, model: ModelSpec) -> XAttention:
-        """Checks `thresholds` against the model. Raises: ValueError when it was searched for another one."""
-        if searched := self._searched():
-            searched.check_model(model, self.name)
-        return self
+    @staticmethod
+    def parse_head(head: Any) -> float:
+        if isinstance(head, bool) or not isinstance(head, int | float) or not 0 < head <= 1:
+            raise ValueError(f"{head} is no threshold in (0, 1]")
+        return float(head)
 
     @property
     def note(self) -> str:
-        searched = self._searched()
+        searched = self.searched
         if searched is None:
             return f"every head has threshold {self.threshold:g} (no per-head search)"
         stride = searched.content.get("stride", self.stride)
         return "" if stride == self.stride else f"the thresholds were searched at stride {stride}, not {self.stride}"
-
-    def params(self) -> dict[str, Any]:
-        searched = self._searched()
-        return super().params() | ({"thresholds_sha256": searched.sha256} if searched else {})
-
-
-def _threshold(head: Any) -> float:
-    if isinstance(head, bool) or not isinstance(head, int | float) or not 0 < head <= 1:
-        raise ValueError(f"{head} is no threshold in (0, 1]")
-    return float(head)
 
 
 def code_chunk(kv_len: int) -> int:
