@@ -31,12 +31,13 @@ from sparsebench.methods.spec import build, label, load_plugin, nearest, parse_m
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import calibrate, calibration_facts, capture_layers
+from sparsebench.models.trace import Trace
 from sparsebench.results import Store, provenance, report
-from sparsebench.results.store import digest, write_atomically
+from sparsebench.results.store import digest, source_digest, write_atomically
 from sparsebench.results.text import print_table
-from sparsebench.suites import SUITES, Cell
+from sparsebench.suites import SUITES, Cell, Score, Suite
 from sparsebench.suites.base import NotApplicable, canonical_json, first_line
-from sparsebench.suites.corpora import calibration_corpus, check_corpus, corpus_file, token_windows
+from sparsebench.suites.corpora import calibration_corpus, check_corpus, token_windows
 
 DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
 # With no arguments: a first look that a laptop finishes in three minutes. At such short contexts the authors' settings of the
@@ -45,6 +46,7 @@ FIRST_LOOK = ["--methods", DEFAULT_METHODS.replace("seer", "seer:last_dense=0"),
 FIRST_LOOK += ["--suites", "perplexity,fidelity"]
 CALIBRATION_DOCUMENTS = 2  # at most; --limit may allow fewer
 DEFAULT_SUITES = "perplexity,fidelity,speed"
+Text = tuple[tuple[int, ...], ...]  # token ids of documents
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -101,10 +103,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words("--methods", default=[DEFAULT_METHODS], help="names, NAME:field=value,field=value, or all")
     words("--ctx", default=["1k,2k"], help="context lengths in tokens; 8k = 8192")
     words("--models", default=["smollm2-135m"], help="embedded names, local folders or hub ids")
-    words("--suites", default=[DEFAULT_SUITES], help="perplexity, fidelity, speed")
+    words("--suites", default=[DEFAULT_SUITES], help=", ".join(SUITES))
+    words("--tasks", default=[], help="of ruler, longbench and longbench2; all of a suite's unless given")
     words("--corpus", default=["pydoc"], help="pydoc, pg19, proof_pile, file:PATH or a hub data set")
     words("--density", default=[], help="targets: each method's knob is turned to them on other text")
-    parser.add_argument("--limit", type=int, default=None, help="documents a cell (1 on a CPU, 10 on a GPU)")
+    parser.add_argument("--limit", type=int, default=None, help="documents or examples a cell; each suite has a default")
+    parser.add_argument("--chat-template", action="store_true", help="put the model's chat template around the prompts")
+    parser.add_argument("--haystack", default=None, help="file:PATH, the text that ruler hides its needles in")
+    parser.add_argument("--longbench-data", default=None, help="folder with the .jsonl files of longbench, longbench2")
+    parser.add_argument("--stride", type=int, default=None, help="perplexity of whole documents in windows that move by this")
+    parser.add_argument("--versus", default=None, help="compare with this method too, not with dense alone")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs; the method random has its own, random:seed=1")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="fp32 on a CPU, bf16 on a GPU; speed is always bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -119,7 +127,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--device cuda: this machine has no CUDA device")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
-    args.limit = args.limit or (1 if args.device == "cpu" else 10)
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
     return args
 
@@ -144,14 +151,32 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if not (methods and contexts and suites and models and corpora):
         raise ValueError("nothing to run: --methods, --ctx, --suites, --models and --corpus each need at least one value")
     baseline = [] if any(m.name == "dense" for m in methods) else [METHODS["dense"]()]
+    tasks = {suite: choose_tasks(suite, corpora, _words(args.tasks), suites) for suite in suites}
     jobs = []
     for suite, model in _runs(suites, models):
-        for task in corpora if SUITES[suite].needs_model else ["attention"]:
+        for task in tasks[suite]:
             for ctx_len in contexts:
                 for density in densities:
-                    for method in (baseline if suite == "perplexity" else []) + methods:
+                    for method in (baseline if SUITES[suite].attached else []) + methods:
                         jobs.append(make_job(args, suite, model, task, ctx_len, density, method, plugin))
     return list({job.cell.key: job for job in jobs}.values())
+
+
+def choose_tasks(suite: str, corpora: list[str], asked: list[str], suites: list[str]) -> list[str]:
+    """The tasks of one suite. Raises: ValueError for an unknown task and for a suite that is left without any."""
+    own = SUITES[suite].tasks
+    known = [task for name in suites for task in SUITES[name].tasks]
+    for task in asked:
+        if task not in known:
+            raise ValueError(f"unknown task {task!r}; {nearest(task, known)}")
+    if not SUITES[suite].needs_model:
+        return ["attention"]
+    if not own:
+        return corpora
+    chosen = [task for task in asked if task in own] if asked else list(own)
+    if not chosen:
+        raise ValueError(f"--tasks names none of {suite}: one of {', '.join(own)}")
+    return chosen
 
 
 def _runs(suites: list[str], models: list[str]) -> Iterator[tuple[str, str]]:
@@ -167,13 +192,15 @@ def make_job(
     suite, note = SUITES[suite_name], ""
     if method.knob is None and density is not None:
         density, note = None, "" if method.name == "dense" else "no knob: its density is fixed"
+    options = {name: value for name in suite.options if (value := getattr(args, name)) is not None and value is not False}
+    limit = args.limit or suite.default_limit[args.device == "cuda"]
     params = file_digests(method, model) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
         model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
-        suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=args.limit if suite.needs_model else None,
+        suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=limit if suite.needs_model else None,
         seed=args.seed, dtype=args.dtype if suite.needs_model else "bfloat16",
         device=device_name(args.device) if suite.needs_gpu else "",
-        inputs=digest(path) if suite.needs_model and (path := corpus_file(task)) else "",
+        inputs="-".join(digest(path) for path in suite.files(task, options)), options=options,
     )  # fmt: skip
     skip = ""
     longest = zoo.describe(model)[0] if suite.needs_model else None
@@ -201,7 +228,7 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
         about: dict[str, Any] = {"label": label(job.method), "note": job.method.note}
         try:
             torch.manual_seed(job.cell.seed)
-            scores, density, spread, extra = run_cell(job, args)
+            scores, density, spread, extra = run_cell(job, args, store)
             notes = [job.note, extra.pop("note", "")]
             if density == 1 and job.method.name != "dense" and job.cell.density != 1:
                 notes.append("ran dense: these settings select everything at this length")
@@ -218,7 +245,9 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tuple[float, float] | None, dict[str, Any]]:
+def run_cell(
+    job: Job, args: argparse.Namespace, store: Store
+) -> tuple[list[Score], float | None, tuple[float, float] | None, dict[str, Any]]:
     """Scores, measured density, its range over layers and heads, and facts for the row."""
     cell, suite = job.cell, SUITES[job.cell.suite]()
     if not suite.needs_model:
@@ -230,12 +259,13 @@ def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tu
         raise NotApplicable(f"{cell.model} is limited to {loaded.max_ctx} tokens")
     method, facts = job.method, {}
     if cell.density is not None and method.knob is not None:
-        source = calibration_corpus(cell.task)
-        documents = (source, cell.ctx_len, min(CALIBRATION_DOCUMENTS, args.limit))
-        model = (cell.model, cell.dtype, args.device)
+        assert cell.limit is not None
+        source, ids = suite.calibration(loaded, cell, min(CALIBRATION_DOCUMENTS, cell.limit))
+        text = tuple(map(tuple, ids))
         folder = Path(args.out) / "knobs"
-        method, reached = calibrated(cell.method, str(cell.params), cell.density, model, documents, folder, args.overwrite)
-        facts = calibration_facts(method, cell.density, reached, f"{source} (train)")
+        model = (cell.model, cell.dtype, args.device)
+        method, reached = calibrated(cell.method, str(cell.params), cell.density, model, text, folder, args.overwrite)
+        facts = calibration_facts(method, cell.density, reached, source)
     else:
         method = method.prepare(loaded.spec)
     facts["note"] = "; ".join(filter(None, (method.note, facts.get("note"))))
@@ -244,9 +274,36 @@ def run_cell(job: Job, args: argparse.Namespace) -> tuple[list, float | None, tu
         ran = torch.tensor([score.value for score in scores if score.metric == "density"])
         return scores, float(ran.mean()), (float(ran.min()), float(ran.max())), facts | suite.notes
     with attach(loaded.model, method) as trace:
-        scores = list(suite.run(loaded, cell))
-    facts |= {"kernel": trace.impl, "dense_phases": " ".join(sorted(trace.dense_phases))}
+        scores = resumed(suite, loaded, cell, trace, store)
+    facts |= {"kernel": trace.impl, "dense_phases": " ".join(sorted(trace.dense_phases))} | trace.question()
     return scores, trace.mean_density, (float(trace.density.min()), float(trace.density.max())), facts | suite.notes
+
+
+def resumed(suite: Suite, loaded: zoo.LoadedModel, cell: Cell, trace: Trace, store: Store) -> list[Score]:
+    """All scores of a cell: those that an interrupted run kept, then the others, which are kept at every checkpoint."""
+    source = source_digest()
+    kept = store.checkpoints(cell, source)
+    scores = [Score(**score) for record in kept for score in record["scores"]]
+    suite.finished = frozenset(score.example for score in scores)
+    for record in kept:
+        suite.answers |= record["answers"]
+    if kept:
+        trace.restore(kept[-1]["trace"], loaded.model.device)
+    written = len(scores)
+
+    def checkpoint() -> None:
+        nonlocal written
+        new = [dataclasses.asdict(score) for score in scores[written:]]
+        answers = {score["example"]: suite.answers[score["example"]] for score in new if score["example"] in suite.answers}
+        store.checkpoint(cell, source, {"scores": new, "answers": answers, "trace": trace.state()})
+        written = len(scores)
+
+    suite.checkpoint = checkpoint
+    for score in suite.run(loaded, cell):
+        scores.append(score)
+    if suite.answers:
+        store.write_answers(cell, suite.answers)
+    return scores
 
 
 @functools.lru_cache(maxsize=1)
@@ -256,15 +313,15 @@ def load_model(name: str, dtype: str, device: str) -> zoo.LoadedModel:
 
 @functools.lru_cache(maxsize=256)
 def calibrated(
-    name: str, params: str, density: float, model: tuple[str, str, str], text: tuple[str, int, int], folder: Path, again: bool
-) -> tuple[Method, float]:  # fmt: skip
-    """The method of a cell turned to `density`, ready to run, and the density it has on the calibration text.
+    name: str, params: str, density: float, model: tuple[str, str, str], text: Text, folder: Path, again: bool
+) -> tuple[Method, float]:
+    """The method of a cell turned to `density`, ready to run, and the density it has on the calibration text (token ids).
 
-    model is load_model's arguments, text (corpus, ctx_len, documents). `folder` keeps what was found for later runs.
+    model is load_model's arguments. `folder` keeps what was found for later runs.
     """
     method, spec = build(name, json.loads(params)), load_model(*model).spec  # from text: a method need not be hashable
-    asked = {"method": name, "params": params, "density": density, "model": [*model, zoo.revision(model[0])], "text": text}
-    asked |= {"inputs": digest(path) if (path := corpus_file(text[0])) else "", "source": provenance()["source_sha256"]}
+    asked = {"method": name, "params": params, "density": density, "model": [*model, zoo.revision(model[0])]}
+    asked |= {"text_sha256": hashlib.sha256(repr(text).encode()).hexdigest()[:16], "source": source_digest()}
     kept = folder / f"{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:16]}.json"
     if kept.exists() and not again:
         with contextlib.suppress(ValueError, KeyError):  # a damaged file is as good as none
@@ -278,13 +335,8 @@ def calibrated(
 
 
 @functools.lru_cache(maxsize=1)
-def captured(model: tuple[str, str, str], text: tuple[str, int, int]) -> list:
-    loaded, (source, ctx_len, documents) = load_model(*model), text
-    try:
-        windows = token_windows(loaded.tokenizer, source, "train", ctx_len, documents)
-    except ValueError as error:
-        raise ValueError(f'no text to turn the knob on: {error}; a .jsonl may hold some as "split": "train"') from error
-    return [layer for _, ids in windows.ids for layer in capture_layers(loaded.model, ids)]
+def captured(model: tuple[str, str, str], text: Text) -> list:
+    return [layer for ids in text for layer in capture_layers(load_model(*model).model, list(ids))]
 
 
 def parse_density(word: str) -> float:

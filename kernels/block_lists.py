@@ -13,6 +13,11 @@ SCRATCH_ELEMENTS = 1 << 22  # int64 temporaries alive at a time: 128k tokens in 
 FULL_WIDTH_BYTES = 1 << 28  # lists up to this size are as wide as the map on a GPU, because learning the widest row syncs
 
 
+def visible_pairs(q_len: int, kv_len: int) -> int:
+    """(query, key) pairs that causality leaves one head, q's last row at k's last row."""
+    return q_len * (kv_len - q_len) + q_len * (q_len + 1) // 2
+
+
 def row_bounds(q_len: int, kv_len: int, q_block: int, device=None) -> tuple[Tensor, Tensor]:
     """Absolute position of each query block's first row and of the row after its last, int64 [NQ]."""
     offset = kv_len - q_len

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .block_lists import SCRATCH_ELEMENTS, block_lists, numbers, row_bounds
+from .block_lists import SCRATCH_ELEMENTS, block_lists, numbers, row_bounds, visible_pairs
 
 
 def _pairs_from(first: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
@@ -184,9 +184,20 @@ class BlockMask:
                 total += (pairs * valid[:, :, part]).sum((-1, -2))
         return total
 
+    def rows(self, first: int, stop: int) -> BlockMask:
+        """The selection of the query blocks first <= block < stop alone, as if the keys ended with the last of them."""
+        q0, q1 = first * self.q_block, min(stop * self.q_block, self.q_len)
+        kv_len, part = self.kv_len - self.q_len + q1, slice(first, stop)
+        return replace(
+            self, kv_num_blocks=self.kv_num_blocks[:, :, part], kv_indices=self.kv_indices[:, :, part], q_len=q1 - q0,
+            kv_len=kv_len, last=max(0, self.last - (self.kv_len - kv_len)),
+            column_indices=None if self.column_indices is None else self.column_indices[:, :, part],
+            column_num=None if self.column_num is None else self.column_num[:, :, part],
+        )  # fmt: skip
+
     def visible_pairs(self) -> int:
         """Causally visible (query, key) pairs of one head."""
-        return self.q_len * (self.kv_len - self.q_len) + self.q_len * (self.q_len + 1) // 2
+        return visible_pairs(self.q_len, self.kv_len)
 
     def density(self) -> Tensor:
         """Selected pairs / causally visible pairs, float64 [B, H]."""

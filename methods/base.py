@@ -220,14 +220,22 @@ def attention(
     return out, ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention, q's last row at k's last row. q [B, H, q_len, D], k, v [B, H_kv, kv_len, D] -> [B, H, q_len, D]."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor | None = None) -> Tensor:
+    """Causal attention, q's last row at k's last row. q [B, H, q_len, D], k, v [B, H_kv, kv_len, D] -> [B, H, q_len, D].
+
+    real: bool [B, kv_len], keys that are no padding; for one query per row only.
+    """
     q_len, kv_len = q.shape[2], k.shape[2]
+    if q_len == 1:  # the heads of a GQA group become the queries of one head: k and v are read once and never repeated
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+        mask = None if real is None else real[:, None, None, :]
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        return out.reshape(q.shape)
     mask = None
-    if 1 < q_len < kv_len:
+    if q_len < kv_len:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=q_len == kv_len and q_len > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=q_len == kv_len, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from ..kernels import resolve_impl
+from ..kernels import resolve_impl, visible_pairs
 from ..methods.base import Method, dense_attention
 from .rope import ModelContext, ModelRope, find_rotary
 from .trace import Trace
@@ -126,7 +126,9 @@ class _Attachment:
         # Scratch of the methods by layer, then by row of a padded batch; None is a whole batch without padding.
         self.states: dict[int, dict[int | None, dict[str, Any]]] = {}
         self.lengths: tuple[int, int] | None = None  # q_len, kv_len of the forward pass, as the mask function was told
-        self.rows: list[_Row] | None = None
+        self.real: Tensor | None = None  # bool [B, kv_len] where a row of the batch is padded
+        self.decode_pairs = 0  # (query, key) pairs of the whole batch where every row brings one token
+        self._rows: list[_Row] | None = None
         self.positions: Tensor | None = None  # [1 or B, kv_len]: what the rotary embedding was given for every key
         self.new_positions: Tensor | None = None
         self.rotary = find_rotary(model)
@@ -144,18 +146,25 @@ class _Attachment:
             raise ValueError("a sparse method needs a rotary embedding with one position per token (position_ids [B, q_len])")
         self.new_positions = positions
 
-    def plan(self, q_len: int, kv_len: int, real: Tensor | None, device: torch.device) -> Tensor | None:
+    def plan(self, q_len: int, kv_len: int, real: Tensor | None) -> Tensor | None:
         """Once per forward pass: where the padding is. Syncs with the GPU once when there is a padding mask."""
-        self.lengths, self.rows = (q_len, kv_len), None
+        self.lengths, self.real, self._rows = (q_len, kv_len), None, None
         if real is None:
             return None
         if real.shape[1] != kv_len:
             raise ValueError(f"the attention mask has {real.shape[1]} columns for {kv_len} keys")
-        host = real.cpu()
-        if bool(host.all()):
-            return None
-        self.rows = _rows(host, q_len, device)
-        return real
+        real = real.bool()
+        keys, self.decode_pairs = torch.stack((real.sum(), (real & real[:, -1:]).sum())).tolist()
+        self.real = real if keys < real.numel() else None
+        return self.real
+
+    @property
+    def rows(self) -> list[_Row]:
+        """The real tokens of every row of a padded batch."""
+        if self._rows is None:
+            assert self.real is not None and self.lengths is not None
+            self._rows = _rows(self.real.cpu(), self.lengths[0], self.real.device)
+        return self._rows
 
     def _update_positions(self, q_len: int, kv_len: int) -> None:
         """Append what the rotary embedding was given in this pass to what it was given for the cached keys.
@@ -177,8 +186,11 @@ class _Attachment:
         if q_len == kv_len:
             self.states[layer] = defaultdict(dict)
         states = self.states.setdefault(layer, defaultdict(dict))
-        if self.rows is None:
+        if self.real is None:
             return self._run(module, q, k, v, scale, states[None], self.positions, q_len == 1)
+        if q_len == 1 < kv_len and "decode" not in self.method.phases:
+            self.trace.add_dense(layer, "decode", q, self.decode_pairs, missing=True)
+            return dense_attention(q, k, v, scale, self.real).where(self.real[:, -1, None, None, None], 0)
         out = torch.zeros_like(q)
         for b, row in enumerate(self.rows):
             if not row.q_len:
@@ -198,7 +210,7 @@ class _Attachment:
         q_len, kv_len, layer = q.shape[2], k.shape[2], module.layer_idx
         phase = "decode" if one_token and kv_len > 1 else "prefill"
         if phase not in self.method.phases:
-            self.trace.add_dense(layer, phase, q, kv_len, missing=True)
+            self.trace.add_dense(layer, phase, q, q.shape[0] * visible_pairs(q_len, kv_len), missing=True)
             return dense_attention(q, k, v, scale)
         if layer not in self.ropes:
             self.ropes[layer] = ModelRope(self.rotary, module, q.shape[-1], q.dtype)
@@ -208,7 +220,7 @@ class _Attachment:
         )  # fmt: skip
         out = self.method.attend(q, k, v, ctx)
         if ctx.mask is None:
-            self.trace.add_dense(layer, phase, q, kv_len)
+            self.trace.add_dense(layer, phase, q, q.shape[0] * visible_pairs(q_len, kv_len))
         else:
             self.trace.add(layer, phase, q, ctx.mask, resolve_impl("auto", q))
         return out
@@ -263,7 +275,7 @@ def _mask(
         )
     if isinstance(q_offset, Tensor) or kv_offset or kv_length != q_offset + q_length:
         raise ValueError("a sparse method cannot run with a static or sliding cache: use DynamicCache")
-    return attachment.plan(q_length, kv_length, attention_mask, torch.device(device))
+    return attachment.plan(q_length, kv_length, attention_mask)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -26,9 +27,10 @@ from ..suites.base import SCHEMA, Cell, Score
 COLUMNS = {
     "key": "str", "model": "str", "revision": "str", "method": "str", "params": "str", "suite": "str", "cell_task": "str",
     "ctx_len": "int64", "density_target": "float64", "limit": "Int64", "seed": "int64", "dtype": "str", "device": "str",
-    "inputs": "str", "task": "str", "example": "str", "metric": "str", "value": "float64", "unit": "str",
+    "inputs": "str", "options": "str", "task": "str", "example": "str", "metric": "str", "value": "float64", "unit": "str",
     "density": "float64", "density_min": "float64", "density_max": "float64", "status": "str", "reason": "str",
 }  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
 STATUSES = ("ok", "failed", "skipped")
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "lm_eval", "numpy", "pandas")
 
@@ -109,7 +111,36 @@ class Store:
         frame.to_parquet(temporary, index=False)
         os.replace(temporary, path)
         self._written.add(cell.key)
+        if status == "ok":
+            self._journal(cell).unlink(missing_ok=True)
         return status, reason
+
+    def checkpoint(self, cell: Cell, source: str, record: Mapping[str, Any]) -> None:
+        """Keep what an unfinished cell has so far: `record` (JSON values) is added to those before it. source: digest of the
+        code that made it."""
+        with self._journal(cell).open("a") as file:
+            file.write(json.dumps({"source": source, **record}) + "\n")
+
+    def checkpoints(self, cell: Cell, source: str) -> list[dict[str, Any]]:
+        """The records of an unfinished cell, in order; none when other code made them or everything is to be run again."""
+        path = self._journal(cell)
+        if not path.exists():
+            return []
+        records = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                records.append(json.loads(line))
+        if self.overwrite or any(record["source"] != source for record in records):
+            path.unlink()
+            return []
+        return records
+
+    def write_answers(self, cell: Cell, answers: Mapping[str, str]) -> None:
+        """What the model said to every example, a JSON object a line: answers/KEY.jsonl."""
+        folder = self.folder / "answers"
+        folder.mkdir(exist_ok=True)
+        lines = (json.dumps({"example": name, "answer": answer}) for name, answer in sorted(answers.items()))
+        write_atomically(folder / f"{cell.key}.jsonl", "\n".join(lines) + "\n")
 
     def frame(self) -> pd.DataFrame:
         """All stored cells in the long form (see COLUMNS). Unreadable files are left out with a warning."""
@@ -126,6 +157,9 @@ class Store:
         path = self.folder / "results.csv"
         write_atomically(path, self.frame().to_csv(index=False))
         return path
+
+    def _journal(self, cell: Cell) -> Path:
+        return self.cells / f"{cell.key}.jsonl"
 
     def _path(self, cell: Cell) -> Path:
         return self.cells / f"{cell.key}.parquet"
@@ -162,9 +196,13 @@ def provenance() -> dict[str, Any]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
-    root = Path(__file__).resolve().parent.parent
-    rooms = [digest(str(root / room), "*.py") for room in ("kernels", "methods", "models", "suites", "results")]
-    return facts | {"source_sha256": hashlib.sha256("".join(rooms).encode()).hexdigest()[:16]} | _git(root)
+    return facts | {"source_sha256": source_digest()} | _git(ROOT)
+
+
+def source_digest() -> str:
+    """16 hexadecimal digits over the code that a result depends on."""
+    rooms = [digest(str(ROOT / room), "*.py") for room in ("kernels", "methods", "models", "suites")]
+    return hashlib.sha256("".join(rooms).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache

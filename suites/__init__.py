@@ -6,7 +6,7 @@ import pkgutil
 from .base import SUITES, Cell, Score, Suite, register_suite
 
 for _module in pkgutil.iter_modules(__path__):
-    if _module.name not in ("base", "corpora"):
+    if _module.name not in ("base", "corpora", "generation"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["SUITES", "Cell", "Score", "Suite", "register_suite"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-SCHEMA = 1  # of Cell and of the stored rows; raise it when either changes, so that old results are never mixed with new ones
+SCHEMA = 2  # of Cell and of the stored rows; raise it when either changes, so that old results are never mixed with new ones
 
 SUITES: dict[str, type[Suite]] = {}
 
@@ -28,8 +28,9 @@ class Score:
 class Cell:
     """The identity of a measurement: every input that changes a number, and nothing else.
 
-    `params` may be given as a mapping and is kept as canonical JSON (sorted keys, 1.0 written as 1), see `settings`.
-    Raises: ValueError when params are no JSON object.
+    `params` (of the method) and `options` (of the suite) may be given as mappings and are kept as canonical JSON (sorted keys,
+    1.0 written as 1), see `settings` and `option`.
+    Raises: ValueError when one of them is no JSON object.
     """
 
     model: str
@@ -44,13 +45,16 @@ class Cell:
     seed: int
     dtype: str
     device: str = ""  # only where the number is a time or a size
-    inputs: str = ""  # digest of a corpus given by path, which can change under the same name
+    inputs: str = ""  # digest of the files that the suite reads, which can change under the same name
+    options: str | Mapping[str, Any] = "{}"  # of the suite, those left at their defaults left out
 
     def __post_init__(self):
-        params = json.loads(self.params) if isinstance(self.params, str) else self.params
-        if not isinstance(params, Mapping):
-            raise ValueError(f"params must be a JSON object, not {self.params!r}")
-        object.__setattr__(self, "params", canonical_json(params))
+        for name in ("params", "options"):
+            given = getattr(self, name)
+            value = json.loads(given) if isinstance(given, str) else given
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} must be a JSON object, not {given!r}")
+            object.__setattr__(self, name, canonical_json(value))
         if self.density is not None:
             object.__setattr__(self, "density", float(self.density))
 
@@ -58,6 +62,10 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """`params` as a dictionary."""
         return json.loads(str(self.params))
+
+    def option(self, name: str) -> Any:
+        """One of `options`; None where it was left at its default."""
+        return json.loads(str(self.options)).get(name)
 
     @property
     def key(self) -> str:
@@ -100,13 +108,30 @@ class Suite:
     attached: ClassVar[bool] = True  # the runner attaches the method around run(); quality suites never see a method
     needs_model: ClassVar[bool] = True  # run() gets a loaded model, else None
     needs_gpu: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ()  # what a cell's task may be; a suite without tasks of its own measures on --corpus
+    options: ClassVar[tuple[str, ...]] = ()  # of the command line: those that change this suite's numbers (True or text)
+    default_limit: ClassVar[tuple[int, int]] = (1, 10)  # examples of a cell on a CPU, on a GPU
 
     def __init__(self) -> None:
         self.notes: dict[str, Any] = {}  # what a reader of the rows must know besides the scores: stored as provenance
+        self.answers: dict[str, str] = {}  # what the model said, by example, where the suite lets it speak
+        self.finished: frozenset[str] = frozenset()  # examples that an interrupted run has scored: not to be scored again
+        # To be called when all scores yielded so far belong to whole examples: an interrupted cell goes on from here.
+        self.checkpoint: Callable[[], None] = lambda: None
+
+    @classmethod
+    def files(cls, task: str, options: Mapping[str, Any]) -> list[str]:
+        """Files of this machine that a cell reads besides the model: their content is part of its identity."""
+        return []
 
     def run(self, model: Any, cell: Cell) -> Iterator[Score]:
         """The scores of `cell`. Raises: NotApplicable with the reason when the cell cannot be measured."""
         raise NotImplementedError
+
+    def calibration(self, model: Any, cell: Cell, documents: int) -> tuple[str, list[list[int]]]:
+        """(name, token ids of up to `documents` texts) like the cell's, none of which it evaluates: --density turns the
+        methods' knobs on them. Raises: ValueError when there are none."""
+        raise ValueError(f"{self.name} has no text to turn a knob on")
 
 
 def register_suite(cls: type[Suite]) -> type[Suite]:

@@ -14,12 +14,12 @@ from ..kernels import block_sparse_attention
 from ..methods.base import LayerContext, Method, dense_mask
 from ..methods.spec import build
 from ..models.attach import attach
-from .base import Cell, Score, Suite, register_suite
-from .corpora import token_windows
+from .base import Cell, Score, register_suite
+from .corpora import CorpusSuite, token_windows
 
 
 @register_suite
-class Fidelity(Suite):
+class Fidelity(CorpusSuite):
     """What a selection keeps of the dense attention, layer by layer and head by head: recall and output error.
 
     recall = softmax mass on the selected keys, mean over queries; error = ||out - dense|| / ||dense||.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +17,12 @@ from ..methods.spec import build
 from ..models.calibrate import calibrate, calibration_facts
 from .base import Cell, Score, Suite, first_line, register_suite
 
+T = TypeVar("T")
 SHAPE = ModelSpec("llama-3.1-8b-shape", layers=1, heads=32, kv_heads=8, head_dim=128)
 ROPE_THETA = 500_000.0
 BUDGET_MS = 1500.0  # of measuring per operation
 MOST_ERROR = 1e-2  # relative, bf16 operands; a wrong kernel gets no time
+DENSE_BACKENDS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 @register_suite
@@ -80,11 +81,8 @@ def _inputs(cell: Cell) -> tuple[Tensor, Tensor, Tensor, LayerContext]:
 
 def _measure(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Iterator[tuple[str, float, str]]:
     selects = type(method).attend is Method.attend
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = method.attend(q, k, v, ctx)
-    torch.cuda.synchronize()
-    yield "peak_mb", (torch.cuda.max_memory_allocated() - before) / 2**20, "MiB"
+    out, peak = peak_memory(lambda: method.attend(q, k, v, ctx))
+    yield "peak_mb", peak, "MiB"
     mask = ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
     error = sampled_error(out, q, k, v, mask, ctx.scale)
     if not error < MOST_ERROR:
@@ -115,7 +113,7 @@ def _baselines(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Itera
     def run_dense() -> None:
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    for name, backend in (("fa2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+    for name, backend in DENSE_BACKENDS.items():
         yield name, sdpa_kernel(backend), lambda: run_dense
     if mask is not None:
         yield "flex", nullcontext(), lambda: _flex(q, k, v, mask)
@@ -123,24 +121,42 @@ def _baselines(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Itera
 
 def _timed(metric: str, run: Callable[[], Any]) -> Generator[tuple[str, float, str], None, float]:
     """Yields metric, _p20 and _p80; the median is also the generator's return value."""
-    times = event_times(run)
+    scores = spread(metric, event_times(run))
+    yield from scores
+    return scores[0][1]
+
+
+def spread(metric: str, times: Tensor) -> list[tuple[str, float, str]]:
+    """(name, value, unit) of the median, the 20th and the 80th percentile of times [n] in ms; metric ends in "_ms"."""
     low, median, high = (float(times.quantile(p)) for p in (0.2, 0.5, 0.8))
-    yield metric, median, "ms"
-    yield metric.replace("_ms", "_p20_ms"), low, "ms"
-    yield metric.replace("_ms", "_p80_ms"), high, "ms"
-    return median
+    stem = metric.removesuffix("_ms")
+    return [(metric, median, "ms"), (f"{stem}_p20_ms", low, "ms"), (f"{stem}_p80_ms", high, "ms")]
+
+
+def peak_memory(run: Callable[[], T]) -> tuple[T, float]:
+    """What run() returns, and the most device memory allocated meanwhile on top of what was before, in MiB."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return result, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def timed_call(run: Callable[[], T]) -> tuple[T, float]:
+    """What run() returns, and its time on the device in ms, the device idle before and after."""
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    result = run()
+    end.record()
+    torch.cuda.synchronize()
+    return result, start.elapsed_time(end)
 
 
 def event_times(run: Callable[[], Any]) -> Tensor:
     """Times of single calls in ms, fp64; 3 to 100 of them after warm-up, the L2 cache flushed in between."""
     run()
-    torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    estimate = max(start.elapsed_time(end), 1e-3)
+    estimate = max(timed_call(run)[1], 1e-3)
     repeats = int(min(max(BUDGET_MS / estimate, 3), 100))
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     for _ in range(min(repeats, 10)):
@@ -162,16 +178,11 @@ def sampled_error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask,
     rows = mask.kv_num_blocks.shape[2]
     group = min(max(64 // mask.q_block, 1), rows)
     for r in {0, min(rows // 2, rows - group), rows - group}:
-        first, end = r * mask.q_block, min((r + group) * mask.q_block, q.shape[2])
-        kv_end = mask.kv_len - mask.q_len + end
-        row = slice(r, r + group)
-        one = dataclasses.replace(
-            mask, kv_num_blocks=mask.kv_num_blocks[:, :, row], kv_indices=mask.kv_indices[:, :, row], q_len=end - first,
-            kv_len=kv_end, column_indices=None if mask.column_indices is None else mask.column_indices[:, :, row],
-            column_num=None if mask.column_num is None else mask.column_num[:, :, row],
-            last=max(0, mask.last - (mask.kv_len - kv_end)),
-        )  # fmt: skip
-        expected, _ = block_sparse_attention_reference(q[:, :, first:end], k[:, :, :kv_end], v[:, :, :kv_end], one, scale)
+        one = mask.rows(r, r + group)
+        first = r * mask.q_block
+        end = first + one.q_len
+        inputs = q[:, :, first:end], k[:, :, : one.kv_len], v[:, :, : one.kv_len]
+        expected, _ = block_sparse_attention_reference(*inputs, one, scale)
         difference = (out[:, :, first:end].double() - expected.double()).norm() / expected.double().norm()
         worst = worst.maximum(difference.nan_to_num(nan=float("inf")))
     return float(worst)

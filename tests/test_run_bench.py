@@ -21,7 +21,7 @@ from sparsebench import run_bench
 from sparsebench.methods import METHODS
 from sparsebench.models import MODELS, zoo
 from sparsebench.results import Store
-from sparsebench.suites import SUITES
+from sparsebench.suites import SUITES, corpora
 
 SCRIPT = Path(run_bench.__file__).resolve()
 pytestmark = pytest.mark.usefixtures("one_thread", "no_plugins_left")
@@ -348,7 +348,7 @@ def test_the_content_of_files_is_part_of_the_identity(bench, tmp_path, monkeypat
     assert all(third[name] != second[name] for name in third)
     topics = [keys("--methods dense --corpus pydoc")]
     with monkeypatch.context() as patched:  # another Python has other topics
-        patched.setattr(run_bench, "corpus_file", lambda source: str(bench.corpus) if source == "pydoc" else None)
+        patched.setattr(corpora, "corpus_file", lambda source: str(bench.corpus) if source == "pydoc" else None)
         topics.append(keys("--methods dense --corpus pydoc"))
     assert topics[0] != topics[1]
     gate = tmp_path / "gate"

@@ -25,7 +25,14 @@ SCORES = [Score("pydoc", "a", "nll", 1.0 / 3.0, "nats"), Score("pydoc", "a", "to
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Cell)])
 def test_every_field_changes_the_key(field):
-    changed = {"params": {"threshold": 0.6, "block": 64}, "ctx_len": 4096, "density": None, "limit": None, "seed": 1}
+    changed = {
+        "params": {"threshold": 0.6, "block": 64},
+        "ctx_len": 4096,
+        "density": None,
+        "limit": None,
+        "seed": 1,
+        "options": {"stride": 64},
+    }
     assert dataclasses.replace(CELL, **{field: changed.get(field, "other")}).key != CELL.key
 
 
@@ -38,7 +45,7 @@ def test_key_ignores_spelling():
 
 def test_schema_version_is_part_of_the_key(monkeypatch):
     before = CELL.key
-    monkeypatch.setattr("sparsebench.suites.base.SCHEMA", 2)
+    monkeypatch.setattr("sparsebench.suites.base.SCHEMA", 99)
     assert CELL.key != before
 
 
