@@ -42,7 +42,7 @@ class GenerationSuite(Suite):
     suite says so, otherwise the cell fails.
     """
 
-    options = ("chat_template",)
+    options: ClassVar[tuple[str, ...]] = ("chat_template",)
     default_limit = (2, 100)
     cut_middle: ClassVar[bool] = False
 
@@ -119,12 +119,17 @@ def wrap(tokenizer: Any, prompt: str, answer_prefix: str, chat: bool) -> str:
 
 def cut_middle(tokenizer: Any, text: str, tokens: int) -> str:
     """`text` without its middle when it has more than `tokens` tokens: the first and the last half of them, as text again."""
-    ids = encode(tokenizer, text)
+    ids, kept = encode(tokenizer, text), tokens
     if len(ids) <= tokens:
         return text
-    first, last = tokens // 2, tokens - tokens // 2
-    parts = ids[:first], ids[len(ids) - last :]
-    return "".join(tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts)
+    while kept > 0:
+        parts = ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]
+        cut = "".join(tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts)
+        excess = len(encode(tokenizer, cut)) - tokens  # a character or word cut in two may become more tokens than before
+        if excess <= 0:
+            return cut
+        kept -= excess
+    return ""
 
 
 @functools.lru_cache(maxsize=2048)  # every method of a plan is asked the same questions
