@@ -27,7 +27,8 @@ def attach(model: PreTrainedModel, method: Method) -> Iterator[Trace]:
     """Run every attention layer of `model` through `method` inside a `with` block; on exit, also after an error, the model
     is as it was.
 
-    Batches may be padded on either side: every row runs on its real tokens alone, and rows of padding come out as zeros.
+    Batches may be padded on either side: every row runs on its real tokens alone, together with the rows padded like it, and
+    padding comes out as zeros.
     Prefill in chunks is prefill; a phase that the method does not have runs dense and is listed in trace.dense_phases.
 
     Args: method: prepared for this model (Method.prepare).
@@ -87,30 +88,33 @@ def _refuse_model(model: PreTrainedModel) -> None:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """The real tokens of one row of a padded batch: columns of q and of k."""
+class _Rows:
+    """Rows of a padded batch whose padding is alike, and their real tokens as columns of q and of k."""
 
+    batch: slice | Tensor
     q: slice | Tensor
     k: slice | Tensor
-    q_len: int
-    kv_len: int
+    first: int  # of the rows: names their scratch
 
 
-def _rows(real: Tensor, q_len: int, device: torch.device) -> list[_Row]:
-    """real: bool [B, kv_len] on the CPU, of which the last q_len columns are the queries'."""
+def _alike(real: Tensor, q_len: int, device: torch.device) -> list[_Rows]:
+    """real: bool [B, kv_len] on the CPU, of which the last q_len columns are the queries'. Rows without a query are left out."""
     first_query = real.shape[1] - q_len
-    rows = []
-    for row in real:
-        keys = row.nonzero().flatten()
+    alike = defaultdict(list)
+    for b, row in enumerate(real.numpy()):
+        alike[row.tobytes()].append(b)
+    groups = []
+    for batch in alike.values():
+        keys = real[batch[0]].nonzero().flatten()
         queries = keys[keys >= first_query] - first_query
-        rows.append(_Row(_columns(queries, device), _columns(keys, device), len(queries), len(keys)))
-    return rows
+        if len(queries):
+            columns = (_columns(index, device) for index in (torch.tensor(batch), queries, keys))
+            groups.append(_Rows(*columns, batch[0]))
+    return groups
 
 
 def _columns(index: Tensor, device: torch.device) -> slice | Tensor:
     """A slice where the columns are consecutive, which spares a copy of k and v."""
-    if not len(index):
-        return slice(0, 0)
     start, stop = int(index[0]), int(index[-1]) + 1
     return slice(start, stop) if stop - start == len(index) else index.to(device)
 
@@ -123,12 +127,12 @@ class _Attachment:
         self.layers = {id(module) for module in model.modules()}
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.trace = Trace(self.num_layers)
-        # Scratch of the methods by layer, then by row of a padded batch; None is a whole batch without padding.
+        # Scratch of the methods by layer, then by rows of a padded batch; None is a whole batch without padding.
         self.states: dict[int, dict[int | None, dict[str, Any]]] = {}
         self.lengths: tuple[int, int] | None = None  # q_len, kv_len of the forward pass, as the mask function was told
         self.real: Tensor | None = None  # bool [B, kv_len] where a row of the batch is padded
         self.decode_pairs = 0  # (query, key) pairs of the whole batch where every row brings one token
-        self._rows: list[_Row] | None = None
+        self._rows: list[_Rows] | None = None
         self.positions: Tensor | None = None  # [1 or B, kv_len]: what the rotary embedding was given for every key
         self.new_positions: Tensor | None = None
         self.rotary = find_rotary(model)
@@ -159,11 +163,11 @@ class _Attachment:
         return self.real
 
     @property
-    def rows(self) -> list[_Row]:
-        """The real tokens of every row of a padded batch."""
+    def rows(self) -> list[_Rows]:
+        """The real tokens of a padded batch, rows with the same padding together."""
         if self._rows is None:
             assert self.real is not None and self.lengths is not None
-            self._rows = _rows(self.real.cpu(), self.lengths[0], self.real.device)
+            self._rows = _alike(self.real.cpu(), self.lengths[0], self.real.device)
         return self._rows
 
     def _update_positions(self, q_len: int, kv_len: int) -> None:
@@ -192,14 +196,14 @@ class _Attachment:
             self.trace.add_dense(layer, "decode", q, self.decode_pairs, missing=True)
             return dense_attention(q, k, v, scale, self.real).where(self.real[:, -1, None, None, None], 0)
         out = torch.zeros_like(q)
-        for b, row in enumerate(self.rows):
-            if not row.q_len:
-                continue
+        for rows in self.rows:
             positions = self.positions
             if positions is not None:
-                positions = positions[b if positions.shape[0] > 1 else 0, row.k][None]
-            one_q, one_k, one_v = q[b : b + 1, :, row.q], k[b : b + 1, :, row.k], v[b : b + 1, :, row.k]
-            out[b : b + 1, :, row.q] = self._run(module, one_q, one_k, one_v, scale, states[b], positions, q_len == 1)
+                positions = (positions[rows.batch] if positions.shape[0] > 1 else positions)[:, rows.k]
+            inputs = (x[rows.batch][:, :, columns] for x, columns in ((q, rows.q), (k, rows.k), (v, rows.k)))
+            part = torch.zeros_like(q[rows.batch])
+            part[:, :, rows.q] = self._run(module, *inputs, scale, states[rows.first], positions, q_len == 1)
+            out[rows.batch] = part
         return out
 
     def _run(

@@ -186,10 +186,11 @@ def test_greedy_generation_with_left_padding_gives_the_same_tokens(method):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padded_rows_equal_single_rows_under_a_method_that_drops_blocks(side):
-    model, method, lengths = build(), Diagonal(), (70, 41, 5)
+    model, method, lengths = build(), Diagonal(), (70, 41, 5, 41, 41, 70)
     ids, mask = padded(side, lengths)
     with attach(model, method) as trace:
         batch = model(ids, attention_mask=mask).logits
+        assert len(method.seen) == 3 * model.config.num_hidden_layers  # rows of one length go together
         selected = trace.density * sum(n * (n + 1) // 2 for n in lengths)
         trace.reset()
         single_selected = 0
