@@ -6,18 +6,24 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import first_line
+from .base import Cell, Suite, first_line
 
 HUB = {
-    # name: (data set, revision); both have splits train and test and a column "text". Proof-Pile's main branch is a loading
-    # script, which is never run; the hub's own parquet conversion is read instead.
-    "pg19": ("emozilla/pg19", "main"),
-    "proof_pile": ("hoskinson-center/proof-pile", "refs/convert/parquet"),
+    # name: (data set, commit); both have splits train and test and a field "text"
+    "pg19": ("emozilla/pg19", "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
+    "proof_pile": ("hoskinson-center/proof-pile", "490b980249446f2f3bd2df3a8cf085d0f2de240a"),
+}
+# Of a data set that is described by a loading script, which is never run, the files that hold its splits, a JSON object a line.
+HUB_LINES = {
+    "hoskinson-center/proof-pile": {
+        "train": [f"train/proofpile_train_{number}.jsonl.gz" for number in range(21)],
+        "test": ["test/proofpile_test.jsonl.gz"],
+    }
 }
 HUB_TIMEOUT_S = 10
 SPLITS = {"train": ("train",), "eval": ("eval", "test", "validation")}  # as files name them
@@ -28,17 +34,21 @@ PYDOC_CHARS = 48_000  # about 12k tokens: long enough for 8k contexts
 class Document:
     id: str
     text: str
+    revision: str = ""  # commit of the hub's data set
 
 
 def check_corpus(source: str) -> None:
     """Raise ValueError, with the reason, for a source that cannot be read at all; the hub is not asked."""
-    if source in ("pydoc", *HUB) or ("/" in source and not source.startswith("file:")):
-        return
-    if not source.startswith("file:"):
-        raise ValueError(
-            f"unknown corpus {source!r}: one of pydoc, {', '.join(HUB)}, file:PATH (.txt or .jsonl) or a hub data set"
-        )
-    next(read_documents(source, "eval"), None)
+    if source.startswith("file:"):
+        next(read_documents(source, "eval"), None)
+    elif source != "pydoc":
+        name, at, revision = source.partition("@")
+        if name not in HUB and "/" not in name:
+            raise ValueError(
+                f"unknown corpus {source!r}: one of pydoc, {', '.join(HUB)}, file:PATH (.txt or .jsonl) or a hub data set"
+            )
+        if at and not revision:
+            raise ValueError(f"corpus {source!r} names no revision behind the @")
 
 
 def corpus_file(source: str) -> str | None:
@@ -66,8 +76,9 @@ def read_documents(source: str, split: str) -> Iterator[Document]:
     """The documents of a corpus in a fixed order.
 
     Args:
-        source: "pydoc" (Python's own help topics), "pg19" or "proof_pile" (streamed from the hub), "file:PATH" (.txt is one
-            document, .jsonl one a line with "text", optionally "id" and "split"), or "org/name" of a hub data set.
+        source: "pydoc" (Python's own help topics), "pg19" or "proof_pile" (streamed from the hub at a pinned commit),
+            "file:PATH" (.txt is one document, .jsonl one a line with "text", optionally "id" and "split"), or "org/name" of a
+            hub data set with a column "text" (its main branch); "@revision" behind a name of the hub asks for another revision.
         split: "eval" or "train"; a file whose documents carry no split gives all of them for both.
 
     Raises: ValueError for an unknown source, a missing, empty or malformed file, or an unreachable hub.
@@ -127,13 +138,21 @@ def _from_hub(source: str, split: str) -> Iterator[Document]:
     import datasets
     from huggingface_hub import HfApi
 
-    name, revision = HUB.get(source, (source, "main"))
+    short, _, asked = source.partition("@")
+    name, revision = HUB.get(short, (short, "main"))
+    options: dict[str, Any] = {"split": "train" if split == "train" else "test", "streaming": True}
     try:
-        # One short question: without a network load_dataset alone retries for half a minute.
-        HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
-        stream = datasets.load_dataset(name, split="train" if split == "train" else "test", revision=revision, streaming=True)
-        for number, record in enumerate(stream):
-            yield Document(str(number), record["text"])
+        # One short question: it names the commit, and without a network load_dataset alone retries for half a minute.
+        commit = HfApi().dataset_info(name, revision=asked or revision, timeout=HUB_TIMEOUT_S).sha
+        if name in HUB_LINES:
+            paths = [f"hf://datasets/{name}@{commit}/{path}" for path in HUB_LINES[name][options["split"]]]
+            # As lines of text: other fields of these objects have no type that all of them share.
+            lines = datasets.load_dataset("text", data_files={options["split"]: paths}, **options)
+            records = (json.loads(line["text"]) for line in lines)
+        else:
+            records = iter(datasets.load_dataset(name, revision=commit, **options))
+        for number, record in enumerate(records):
+            yield Document(str(number), record["text"], str(commit))
     except Exception as error:  # the hub library raises many kinds of network, name and format errors
         raise ValueError(
             f"cannot read data set {name!r} from the hub; offline, use pydoc or file:PATH ({first_line(error)})"
@@ -142,26 +161,32 @@ def _from_hub(source: str, split: str) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class Windows:
-    """Documents tokenised and truncated to one context length."""
+    """Documents tokenised and truncated."""
 
-    ids: list[tuple[str, list[int]]]  # (document id, ctx_len token ids)
-    too_short: int  # documents skipped because they have fewer tokens
+    ids: list[tuple[str, list[int]]]  # (document id, token ids)
+    too_short: int  # documents skipped because they have fewer tokens than the context
     sha256: str  # of the token ids: tells whether two rows read the same text
+    revision: str = ""  # commit of the hub's data set that they come from
 
     def notes(self) -> dict[str, Any]:
-        return {"documents": len(self.ids), "documents_too_short": self.too_short, "text_sha256": self.sha256}
+        found = {"documents": len(self.ids), "documents_too_short": self.too_short, "text_sha256": self.sha256}
+        return found | ({"data_revision": self.revision} if self.revision else {})
 
 
 @functools.lru_cache(maxsize=16)
-def token_windows(tokenizer: Any, source: str, split: str, ctx_len: int, limit: int | None) -> Windows:
-    """The first ctx_len tokens of the first `limit` documents that have as many, special tokens as the tokenizer adds them.
+def token_windows(
+    tokenizer: Any, source: str, split: str, ctx_len: int, limit: int | None, longest: int | None = None
+) -> Windows:
+    """The first ctx_len tokens of the first `limit` documents that have as many, special tokens as the tokenizer adds them;
+    with `longest` up to that many tokens of each.
 
     Raises: ValueError when no document is long enough.
     """
     ids: list[tuple[str, list[int]]] = []
-    too_short, digest = 0, hashlib.sha256()
+    too_short, digest, revision = 0, hashlib.sha256(), ""
     for document in read_documents(source, split):
-        tokens = _tokenise(tokenizer, document)[:ctx_len]
+        revision = document.revision
+        tokens = _tokenise(tokenizer, document)[: longest or ctx_len]
         if len(tokens) < ctx_len:
             too_short += 1
             continue
@@ -172,9 +197,25 @@ def token_windows(tokenizer: Any, source: str, split: str, ctx_len: int, limit: 
             break
     if not ids:
         raise ValueError(f"no document of {source} ({split}) has {ctx_len} tokens; {too_short} are shorter")
-    return Windows(ids, too_short, digest.hexdigest()[:16])
+    return Windows(ids, too_short, digest.hexdigest()[:16], revision)
 
 
 @functools.lru_cache(maxsize=32)  # a book is 5 MB of integers
 def _tokenise(tokenizer: Any, document: Document) -> tuple[int, ...]:
     return tuple(tokenizer(document.text, verbose=False)["input_ids"])
+
+
+class CorpusSuite(Suite):
+    """Base of the suites that read long documents: the cell's task is the corpus."""
+
+    @classmethod
+    def files(cls, task: str, options: Mapping[str, Any]) -> list[str]:
+        return [path] if (path := corpus_file(task)) else []
+
+    def calibration(self, model: Any, cell: Cell, documents: int) -> tuple[str, list[list[int]]]:
+        source = calibration_corpus(cell.task)
+        try:
+            windows = token_windows(model.tokenizer, source, "train", cell.ctx_len, documents)
+        except ValueError as error:
+            raise ValueError(f'no text to turn the knob on: {error}; a .jsonl may hold some as "split": "train"') from error
+        return f"{source} (train)", [ids for _, ids in windows.ids]

@@ -5,8 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsebench.suites.base import Cell
-from sparsebench.suites.corpora import Windows, check_corpus, read_documents, token_windows
-from sparsebench.suites.perplexity import Perplexity, token_nll
+from sparsebench.suites.corpora import HUB, Windows, check_corpus, read_documents, token_windows
+from sparsebench.suites.perplexity import MOST_WINDOWS, Perplexity, sliding_nll, token_nll, windows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Words:
@@ -45,6 +47,85 @@ def test_scores_of_two_documents(tmp_path):
     ids = torch.tensor([[1, 2, 3] * 100])[:, :280]
     assert scores["0", "nll"] == pytest.approx(float(token_nll(loaded.model, ids).sum()))
     assert scores["0", "nll_last256"] == pytest.approx(float(token_nll(loaded.model, ids)[-256:].sum()))
+
+
+def brute_force(model, ids, ctx_len, stride):
+    """[-log p] of every token but the first, each from the first window that reaches it, and the windows' starts."""
+    length = ids.shape[1]
+    starts = [0]
+    while starts[-1] + ctx_len < length - 1:
+        starts.append(min(starts[-1] + stride, length - 1 - ctx_len))
+    nll = []
+    for t in range(1, length):
+        start = next(s for s in starts if t <= s + ctx_len)
+        assert start == 0 or t - start >= ctx_len - stride + 1
+        with torch.no_grad():
+            logits = model(ids[:, start : start + ctx_len]).logits[0, t - 1 - start]
+        nll.append(-float(logits.double().log_softmax(-1)[ids[0, t]]))
+    return torch.tensor(nll, dtype=torch.float64), starts
+
+
+@pytest.mark.parametrize("length", [20, 21, 22, 47])
+@pytest.mark.parametrize("stride", [1, 7, 20])
+def test_sliding_nll_is_the_definition(length, stride):
+    model, ids = tiny_model(), torch.randint(0, 64, (1, length))
+    expected, starts = brute_force(model, ids, 20, stride)
+    found = sliding_nll(model, ids, 20, stride)
+    assert found.shape == (length - 1,) and torch.allclose(found, expected, atol=1e-5)
+    assert [start for start, _ in windows(length, 20, stride)] == starts
+    if length == 20:
+        assert torch.equal(found, token_nll(model, ids))
+
+
+def test_every_window_has_the_context_length():
+    """A shorter last window would be denser than the others, and the row's density that of no length in particular."""
+    model, read = tiny_model(), []
+    model.base_model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    sliding_nll(model, torch.randint(0, 64, (1, 50)), 20, 9)
+    assert read == [20] * 5
+
+
+def sliding_cell(path, **options):
+    return Cell("m", "", "dense", {}, "perplexity", f"file:{path}", 20, None, None, 0, "float32", options=options)
+
+
+@pytest.fixture
+def three_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = [" ".join("a" * (1 + (i * i + n) % 9) for i in range(n)) for n in (20, 45, 400)]
+    path.write_text("\n".join(json.dumps({"id": f"d{len(t.split())}", "text": t}) for t in texts))
+    return path
+
+
+def test_sliding_scores_of_a_cell(three_documents):
+    loaded, suite = type("Loaded", (), {"model": tiny_model(), "tokenizer": Words()}), Perplexity()
+    scores = {(s.example, s.metric): s.value for s in suite.run(loaded, sliding_cell(three_documents, stride=10))}
+    longest = 20 + 1 + (MOST_WINDOWS - 1) * 10
+    assert scores.keys() == {(d, m) for d in ("d20", "d45", "d400") for m in ("nll", "tokens")}
+    assert [scores[d, "tokens"] for d in ("d20", "d45", "d400")] == [19, 44, longest - 1]
+    assert suite.notes["windows"] == 1 + 4 + MOST_WINDOWS
+    ids = torch.tensor([[1 + (i * i + 45) % 9 for i in range(45)]])
+    assert scores["d45", "nll"] == pytest.approx(float(brute_force(loaded.model, ids, 20, 10)[0].sum()))
+
+
+@pytest.mark.parametrize("stride", [0, -3, 21])
+def test_a_stride_must_fit_the_context(three_documents, stride):
+    loaded = type("Loaded", (), {"model": tiny_model(), "tokenizer": Words()})
+    with pytest.raises(ValueError, match=rf"from 1 to the context length, 20 tokens, got {stride}$"):
+        list(Perplexity().run(loaded, sliding_cell(three_documents, stride=stride)))
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 10}])
+def test_an_interrupted_cell_goes_on_with_the_documents_that_are_missing(three_documents, options):
+    loaded, whole, rest = type("Loaded", (), {"model": tiny_model(), "tokenizer": Words()}), Perplexity(), Perplexity()
+    kept, scores = [], []
+    whole.checkpoint = lambda: kept.append({score.example for score in scores})
+    for score in whole.run(loaded, sliding_cell(three_documents, **options)):
+        scores.append(score)
+    assert kept == [{"d20"}, {"d20", "d45"}, {"d20", "d45", "d400"}]
+    rest.finished = frozenset({"d20", "d400"})
+    again = list(rest.run(loaded, sliding_cell(three_documents, **options)))
+    assert again == [score for score in scores if score.example == "d45"] and rest.notes == whole.notes
 
 
 def test_splits_of_a_file(tmp_path):
@@ -101,23 +182,88 @@ def test_without_a_network_the_hub_is_asked_once(monkeypatch, corpus):
     assert len(asked) == 1
 
 
-def test_the_hub_is_streamed(monkeypatch):
-    wanted = []
+class Hub:
+    """Stands in for the hub: every revision asked for has a commit, every data set two records."""
 
-    def load(name, **options):
-        wanted.append((name, options["split"], options["streaming"]))
-        return iter([{"text": "one"}, {"text": "two"}])
+    def __init__(self, monkeypatch):
+        self.asked, self.loaded = [], []
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", self.info)
+        monkeypatch.setattr("datasets.load_dataset", self.load)
 
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, **options: None)
-    monkeypatch.setattr("datasets.load_dataset", load)
-    assert [(d.id, d.text) for d in read_documents("pg19", "eval")] == [("0", "one"), ("1", "two")]
-    assert [d.text for d in read_documents("proof_pile", "train")] == ["one", "two"]
-    assert wanted == [("emozilla/pg19", "test", True), ("hoskinson-center/proof-pile", "train", True)]
+    def info(self, name, revision, timeout):
+        self.asked.append((name, revision))
+        assert timeout <= 10
+        return type("Info", (), {"sha": f"commit-of-{revision}"})
+
+    def load(self, name, **options):
+        assert options["streaming"] and "trust_remote_code" not in options
+        self.loaded.append((name, options["split"], options.get("revision"), options.get("data_files")))
+        rows = [{"text": "a bb ccc"}, {"text": "dddd e ff"}]
+        return iter([{"text": json.dumps(row | {"meta": {"i": 1}})} for row in rows] if name == "text" else rows)
 
 
-def test_unknown_corpus():
-    with pytest.raises(ValueError, match="unknown corpus 'pg20'"):
-        check_corpus("pg20")
+@pytest.fixture
+def hub(monkeypatch):
+    return Hub(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "source, name, revision",
+    [
+        ("pg19", "emozilla/pg19", HUB["pg19"][1]),
+        ("pg19@other", "emozilla/pg19", "other"),
+        ("some/books", "some/books", "main"),
+        ("some/books@refs/convert/parquet", "some/books", "refs/convert/parquet"),
+    ],
+)
+def test_the_hub_is_streamed_at_the_commit_it_names(hub, source, name, revision):
+    check_corpus(source)
+    assert not hub.asked  # checking the command line asks nobody
+    documents = list(read_documents(source, "eval"))
+    assert [(d.id, d.text, d.revision) for d in documents] == [
+        ("0", "a bb ccc", f"commit-of-{revision}"), ("1", "dddd e ff", f"commit-of-{revision}"),
+    ]  # fmt: skip
+    assert hub.asked == [(name, revision)] and hub.loaded == [(name, "test", f"commit-of-{revision}", None)]
+
+
+@pytest.mark.parametrize(
+    "split, files", [("eval", ["test/proofpile_test"]), ("train", [f"train/proofpile_train_{i}" for i in range(21)])]
+)
+def test_proof_pile_is_read_without_its_loading_script(hub, split, files):
+    assert [d.text for d in read_documents("proof_pile", split)] == ["a bb ccc", "dddd e ff"]
+    name, part, revision, paths = hub.loaded[0]
+    commit = f"commit-of-{HUB['proof_pile'][1]}"
+    folder = f"hf://datasets/hoskinson-center/proof-pile@{commit}"
+    assert paths == {part: [f"{folder}/{file}.jsonl.gz" for file in files]} and (name, revision) == ("text", None)
+
+
+def test_the_commits_of_named_data_sets_are_pinned():
+    assert all(len(bytes.fromhex(commit)) == 20 for _, commit in HUB.values())
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_row_says_which_commit_was_read(tmp_path):
+    loaded = type("Loaded", (), {"model": tiny_model(), "tokenizer": Words()})
+    path = tmp_path / "a.txt"
+    path.write_text("a bb ccc")
+    for task, noted in (("some/books@v2", "commit-of-v2"), (f"file:{path}", None)):
+        suite = Perplexity()
+        list(suite.run(loaded, Cell("m", "", "dense", {}, "perplexity", task, 3, None, 1, 0, "float32")))
+        assert suite.notes.get("data_revision") == noted
+
+
+def test_without_a_text_the_data_set_is_refused(hub, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"body": "x"}]))
+    with pytest.raises(ValueError, match=r"cannot read data set 'some/books' .* \(KeyError: 'text'\)$"):
+        next(read_documents("some/books", "eval"))
+
+
+@pytest.mark.parametrize(
+    "corpus, message", [("pg20", "unknown corpus 'pg20'"), ("pydoc@1", "unknown corpus"), ("pg19@", "no revision")]
+)
+def test_bad_names(corpus, message):
+    with pytest.raises(ValueError, match=message):
+        check_corpus(corpus)
 
 
 def test_only_short_documents_is_an_error(tmp_path):
