@@ -125,10 +125,10 @@ def cut_middle(tokenizer: Any, text: str, tokens: int) -> str:
     while kept > 0:
         parts = ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]
         cut = "".join(tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts)
-        excess = len(encode(tokenizer, cut)) - tokens  # a character or word cut in two may become more tokens than before
-        if excess <= 0:
+        length = len(encode(tokenizer, cut))  # a character or word cut in two may become more tokens than before
+        if length <= tokens:
             return cut
-        kept -= excess
+        kept = kept * tokens // length
     return ""
 
 
