@@ -98,7 +98,7 @@ class _Rows:
 
 
 def _alike(real: Tensor, q_len: int, device: torch.device) -> list[_Rows]:
-    """real: bool [B, kv_len] on the CPU, of which the last q_len columns are the queries'. Rows without a query are left out."""
+    """real: bool [B, kv_len] on the CPU, of which the last q_len are the queries'. Rows without a query are left out"""
     first_query = real.shape[1] - q_len
     alike = defaultdict(list)
     for b, row in enumerate(real.numpy()):
