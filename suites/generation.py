@@ -62,15 +62,16 @@ class GenerationSuite(Suite):
         prompts = {example.id: self.prompt(model, cell, example) for example in chosen}
         digest = hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16]
         self.notes |= {"examples": len(chosen), "text_sha256": digest, "chat_template": bool(cell.option("chat_template"))}
-        todo = [example for example in chosen if example.id not in self.finished]
-        with tqdm(total=len(todo), desc=f"{cell.task} {cell.ctx_len}", leave=False) as bar:
-            for batch in _batches(model, todo, prompts):
+        with tqdm(total=len(chosen), desc=f"{cell.task} {cell.ctx_len}", leave=False) as bar:
+            for batch in _batches(model, chosen, prompts):
+                bar.update(len(batch))
+                if all(example.id in self.finished for example in batch):  # the batches of an interrupted run were the same
+                    continue
                 answers = generate(model, cell.ctx_len, [prompts[e.id] for e in batch], batch[0].max_new_tokens)
                 for example, answer in zip(batch, answers):
                     self.answers[example.id] = answer
                     yield from self.score(example, answer)
                 self.checkpoint()
-                bar.update(len(batch))
         self.notes |= {"empty_answers": sum(not answer.strip() for answer in self.answers.values())}
 
     def prompt(self, model: Any, cell: Cell, example: Example) -> str:
