@@ -109,6 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words("--density", default=[], help="targets: each method's knob is turned to them on other text")
     parser.add_argument("--limit", type=int, default=None, help="documents or examples a cell; each suite has a default")
     parser.add_argument("--chat-template", action="store_true", help="put the model's chat template around the prompts")
+    parser.add_argument("--answer-in-prefill", action="store_true", help="also score answers that are read, not generated")
     parser.add_argument("--haystack", default=None, help="file:PATH, the text that ruler hides its needles in")
     parser.add_argument("--longbench-data", default=None, help="folder with the .jsonl files of longbench, longbench2")
     parser.add_argument("--stride", type=int, default=None, help="perplexity of whole documents in windows that move by this")

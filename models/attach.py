@@ -108,8 +108,8 @@ def _alike(real: Tensor, q_len: int, device: torch.device) -> list[_Rows]:
         keys = real[batch[0]].nonzero().flatten()
         queries = keys[keys >= first_query] - first_query
         if len(queries):
-            columns = (_columns(index, device) for index in (torch.tensor(batch), queries, keys))
-            groups.append(_Rows(*columns, batch[0]))
+            rows, q, k = (_columns(index, device) for index in (torch.tensor(batch), queries, keys))
+            groups.append(_Rows(rows, q, k, batch[0]))
     return groups
 
 
@@ -200,9 +200,9 @@ class _Attachment:
             positions = self.positions
             if positions is not None:
                 positions = (positions[rows.batch] if positions.shape[0] > 1 else positions)[:, rows.k]
-            inputs = (x[rows.batch][:, :, columns] for x, columns in ((q, rows.q), (k, rows.k), (v, rows.k)))
+            one_q, one_k, one_v = (x[rows.batch][:, :, columns] for x, columns in ((q, rows.q), (k, rows.k), (v, rows.k)))
             part = torch.zeros_like(q[rows.batch])
-            part[:, :, rows.q] = self._run(module, *inputs, scale, states[rows.first], positions, q_len == 1)
+            part[:, :, rows.q] = self._run(module, one_q, one_k, one_v, scale, states[rows.first], positions, q_len == 1)
             out[rows.batch] = part
         return out
 

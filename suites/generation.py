@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -40,6 +41,10 @@ class GenerationSuite(Suite):
     Greedy decoding by lm-evaluation-harness's HFLM on the attached model, in batches of prompts of similar length. The prompt
     and the generated tokens together have at most cell.ctx_len tokens. A prompt that is longer is cut in its middle where the
     suite says so, otherwise the cell fails.
+
+    Most methods leave decoding dense: every generated token then sees the whole prompt. With the option answer_in_prefill a
+    second metric, score_in_prefill, has the one reference of an example behind its prompt in one prefill: 100 when every token
+    of it is the most likely one there, else 0.
     """
 
     options: ClassVar[tuple[str, ...]] = ("chat_template",)
@@ -71,6 +76,11 @@ class GenerationSuite(Suite):
                 for example, answer in zip(batch, answers):
                     self.answers[example.id] = answer
                     yield from self.score(example, answer)
+                single = [example for example in batch if len(example.references) == 1]
+                if cell.option("answer_in_prefill") and single:
+                    hits = read_answers(model, [prompts[e.id] for e in single], [e.references[0] for e in single])
+                    for example, hit in zip(single, hits):
+                        yield Score(cell.task, example.id, "score_in_prefill", 100.0 * hit, "%")
                 self.checkpoint()
         self.notes |= {"empty_answers": sum(not answer.strip() for answer in self.answers.values())}
 
@@ -173,6 +183,31 @@ def generate(model: Any, ctx_len: int, prompts: list[str], max_new_tokens: int) 
         return _harness()(model, ctx_len, len(prompts)).generate_until(requests, disable_tqdm=True)
 
 
+@torch.no_grad()
+def read_answers(model: Any, prompts: list[str], answers: list[str]) -> list[bool]:
+    """Whether every token of an answer, written behind its prompt, is the model's most likely one, by one prefill."""
+    tokenizer = model.tokenizer
+    wholes = [prompt + answer if prompt[-1:].isspace() else f"{prompt} {answer}" for prompt, answer in zip(prompts, answers)]
+    ids, real = pad(tokenizer, wholes)
+    lengths = []  # of the answers: the tokens from the first that differs from the prompt's on
+    for prompt, whole in zip(prompts, wholes):
+        before, all_ids = encode(tokenizer, prompt), encode(tokenizer, whole)
+        shared = min(len(before), len(all_ids))
+        same = before[:shared] == all_ids[:shared]
+        lengths.append(len(all_ids) - (shared if same.all() else int(same.argmin())))
+    device, most = model.model.device, max(lengths)
+    logits = model.model(ids.to(device), attention_mask=real.to(device), use_cache=False, logits_to_keep=most + 1).logits
+    right = logits[:, :-1].argmax(-1).cpu() == ids[:, -most:]
+    return [bool(row[most - n :].all()) for row, n in zip(right, lengths)]
+
+
+def pad(tokenizer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of the real ones, int64 [B, longest], padded on the left."""
+    ids = [torch.from_numpy(encode(tokenizer, text)).long() for text in texts]
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], True, 0, "left")
+    return torch.nn.utils.rnn.pad_sequence(ids, True, tokenizer.pad_token_id, "left"), real
+
+
 @functools.cache
 def _harness() -> Any:
     """lm-evaluation-harness's model class with prompts tokenised once; imported on first use, it takes seconds."""
@@ -180,6 +215,8 @@ def _harness() -> Any:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ValueError('generated answers need lm-evaluation-harness: pip install "lm-eval[ruler,longbench]"') from error
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is given as an object
 
     class CachedHFLM(HFLM):
         def __init__(self, model: Any, ctx_len: int, batch_size: int):
@@ -189,8 +226,6 @@ def _harness() -> Any:
             return encode(self.tokenizer, string).tolist()
 
         def tok_batch_encode(self, strings: list[str], *args, **kwargs) -> tuple[Tensor, Tensor]:
-            ids = [torch.from_numpy(encode(self.tokenizer, string)).long() for string in strings]
-            real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], True, 0, "left")
-            return torch.nn.utils.rnn.pad_sequence(ids, True, self.tokenizer.pad_token_id, "left"), real
+            return pad(self.tokenizer, strings)
 
     return CachedHFLM

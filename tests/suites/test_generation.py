@@ -13,7 +13,7 @@ from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.suites import SUITES, generation
 from sparsebench.suites.base import Cell, Score
-from sparsebench.suites.generation import Example, GenerationSuite, encode, generate, wrap
+from sparsebench.suites.generation import Example, GenerationSuite, encode, generate, read_answers, wrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}a {% endif %}"
@@ -92,6 +92,29 @@ def test_an_empty_answer_counts_nothing_and_is_noted(loaded, monkeypatch):
     suite = Echo()
     scores, _ = run_without_model(suite, loaded)
     assert sorted(scores.values()) == [0, 50, 50, 50, 50, 50] and suite.notes["empty_answers"] == 1
+
+
+def test_an_answer_that_is_read_is_right_where_every_token_is_the_most_likely(loaded):
+    prompts = ["abc def gh so", "hgfe so", "ab so"]
+    with torch.no_grad():
+        for number, prompt in enumerate(prompts):
+            ids = torch.from_numpy(encode(loaded.tokenizer, prompt + " ")).long()[None]
+            for _ in range(3):
+                ids = torch.cat((ids, loaded.model(ids).logits[:, -1:].argmax(-1)), dim=1)
+            tokens = loaded.tokenizer.convert_ids_to_tokens(ids[0, -3:].tolist())
+            first = loaded.model(ids[:, : len(prompt)]).logits[0, -1].argmax()  # the space between prompt and answer counts
+            right = "".join(tokens)
+            wrong = right[:2] + ("a" if right[2] != "a" else "b")
+            expected = int(first) == ids[0, len(prompt)]
+            assert read_answers(loaded, [prompt, prompts[0]], [right, "abcdefgh"]) == [expected, False], number
+            assert read_answers(loaded, [prompt], [wrong]) == [False]
+            assert read_answers(loaded, [prompt + " "], [right]) == [True]
+
+
+def test_answers_in_the_prefill_are_a_metric_on_request(loaded):
+    scores = {(s.example, s.metric): s.value for s in Echo().run(loaded, cell(limit=2, answer_in_prefill=True))}
+    assert set(scores) == {(e, m) for e in "01" for m in ("score", "score_in_prefill")}
+    assert {scores[e, "score_in_prefill"] for e in "01"} <= {0, 100}
 
 
 def run_without_model(suite, loaded):
