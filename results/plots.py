@@ -1,4 +1,4 @@
-"""Pictures of the results: perplexity against the density that was measured."""
+"""Quality against what it costs: the Pareto table and its pictures, over measured density and measured time."""
 
 from __future__ import annotations
 
@@ -8,72 +8,139 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .store import write_atomically
-from .tables import SETTINGS, ctx_name, summary
+from .tables import ROW, SETTINGS, ctx_name, overview, summary
 
 FRAMING = ("oracle", "random")  # the ceiling and the floor of any selection
+GROUP = ["model", "revision", "suite", "task", "ctx_len", *SETTINGS, "metric"]  # the points of one picture
+PARETO = [*GROUP, "unit", "label", "method", "params", "density_target", "density", "quality", "low", "high"]
+PARETO += ["time_ms", "time_source", "on_density_frontier", "on_time_frontier"]
+COSTS = {"density": "measured density (selected / causally visible pairs)", "time_ms": "ms"}
 
 
-def perplexity_plots(frame: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write a PNG per model, corpus, context and settings into `folder` and return their paths.
+def pareto(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row per method and density target of every perplexity and every mean over a suite's tasks (see overview()).
 
-    Bars are 95 % intervals of the paired ratio to dense, scaled to dense's perplexity.
+    `low`, `high` are the paired 95 % interval: dense's value with that of the ratio (perplexity) or difference (%) to dense.
+    time_ms is ttft_ms of the latency suite for the same model, dtype, method, settings, target and context; where a group has
+    none at all, total_ms of the speed suite, which is one attention layer. `time_source` names it. A point is on a frontier
+    when no other has as little cost and as good a quality and is better in one; `oracle` knows the dense attention, which
+    nothing that saves work can, and is on none. Rows of one group, GROUP, are comparable.
     """
-    table = summary(frame)
-    table = table[table["metric"] == "perplexity"]
+    return pareto_points(summary(frame), overview(frame))
+
+
+def pareto_points(table: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
+    """pareto() of what summary() and overview() gave."""
+    points = pd.concat([table[table["metric"] == "perplexity"], means[means["metric"] == "mean"]], ignore_index=True)
+    if points.empty:
+        return points.reindex(columns=PARETO)
+    ratio = points["metric"] == "perplexity"
+    for side in ("low", "high"):
+        of_ratio = points["value"] / points["vs_dense"] * points[f"vs_{side}"]
+        points[side] = of_ratio.where(ratio, points["value"] - points["diff"] + points[f"diff_{side}"])
+    points = points.rename(columns={"value": "quality"})
+    groups = [_timed(group, table) for _, group in points.groupby(GROUP, dropna=False, sort=True)]
+    return pd.concat([_with_frontiers(group) for group in groups], ignore_index=True)[PARETO]
+
+
+def _timed(group: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """`group` with time_ms and time_source, all from one suite."""
+    settings = [*ROW[2:], "ctx_len"]
+    for suite, metric, same in (
+        ("latency", "ttft_ms", ["model", "revision", "dtype", *settings]),
+        ("speed", "total_ms", settings),
+    ):
+        times = table[(table["suite"] == suite) & (table["metric"] == metric)].drop_duplicates(same)  # the first device
+        source = f"{suite} {metric}" + times["device"].map(lambda name: f" on {name}" if name else "")
+        times = times[same].assign(time_ms=times["value"], time_source=source)
+        found = group.merge(times, how="left", on=same)  # pandas pairs missing targets with one another
+        if found["time_ms"].notna().any():
+            break
+    return found
+
+
+def _with_frontiers(group: pd.DataFrame) -> pd.DataFrame:
+    sign = -1 if group["metric"].iloc[0] == "perplexity" else 1
+    quality: np.ndarray = sign * group["quality"].to_numpy(float)
+    for column, cost_column in (("on_density_frontier", "density"), ("on_time_frontier", "time_ms")):
+        cost = group[cost_column].to_numpy(float)
+        allowed = (group["method"] != "oracle").to_numpy() & ~np.isnan(cost)
+        no_worse = (cost[:, None] <= cost) & (quality[:, None] >= quality)  # [other, point]; False where a cost is missing
+        better = (cost[:, None] < cost) | (quality[:, None] > quality)
+        group = group.assign(**{column: allowed & ~(no_worse & better & allowed[:, None]).any(axis=0)})
+    return group
+
+
+def quality_plots(points: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """Write a PNG per group of pareto() into `folder`, another where two or more methods have a time; return their paths."""
     paths: list[Path] = []
-    for _, group in table.groupby(["model", "revision", "task", "ctx_len", *SETTINGS], dropna=False, sort=True):
+    for _, group in points.groupby(GROUP, dropna=False, sort=True):
         first = group.iloc[0]
-        name = f"{first['model'].rstrip('/').split('/')[-1]}-{first['task']}-{ctx_name(first['ctx_len'])}"
-        name = "perplexity-" + re.sub(r"[^A-Za-z0-9.]+", "-", name)
-        path = Path(folder) / f"{name}.png"
-        for number in range(2, len(paths) + 2):  # the same names with other settings
-            path = path if path not in paths else path.with_name(f"{name}-{number}.png")
-        write_atomically(path, _png(group))
-        paths.append(path)
+        about = [first["model"].rstrip("/").split("/")[-1], first["task"], ctx_name(first["ctx_len"])]
+        for cost, prefix in (("density", first["suite"]), ("time_ms", f"{first['suite']}-time")):
+            if cost == "time_ms" and group["time_ms"].count() < 2:
+                continue
+            name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(filter(None, [prefix, *about])))
+            path = Path(folder) / f"{name}.png"
+            for number in range(2, len(paths) + 2):  # the same names with other settings
+                path = path if path not in paths else path.with_name(f"{name}-{number}.png")
+            write_atomically(path, _png(group, cost))
+            paths.append(path)
     return paths
 
 
-def _png(group: pd.DataFrame) -> bytes:
+def _png(group: pd.DataFrame, cost: str) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     first = group.iloc[0]
     for _, row in group[group["method"] == "dense"].head(1).iterrows():
-        axes.axhline(row["value"], color="black", linewidth=1.2, label="dense")
-    sparse = group[(group["method"] != "dense") & group["density"].notna()]
+        axes.axhline(row["quality"], color="black", linewidth=1.2, label="dense")
+        if cost == "time_ms":
+            axes.plot([row["time_ms"]], [row["quality"]], color="black", marker="s")
+    sparse = group[(group["method"] != "dense") & group[cost].notna()]
     colors = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     # Under --density a line is a method with its settings; settings given by hand are themselves the points of a line.
     lines = sparse["label"].where(sparse["density_target"].notna(), sparse["method"])
     for number, (name, points) in enumerate(sparse.groupby(lines, sort=True)):
-        _line(axes, str(name), points.sort_values("density"), colors[(2 * number + number // 10) % len(colors)])
-    rest = group.loc[group["method"] != "random", "value"]
-    low, high = rest.min(), rest.max()
-    if high > 10 * low:
-        axes.set_yscale("log")
-    elif group["value"].max() > 2 * high:  # the floor is far away and would press all other lines into one
-        axes.set_ylim(low - 0.15 * (high - low) - 0.01 * low, high + 0.15 * (high - low) + 0.01 * high)
-    axes.set_xlabel("measured density (selected / causally visible pairs)")
-    axes.set_ylabel("perplexity (lower is better)")
-    axes.set_title(f"{first['model']}: {first['task']}, {ctx_name(first['ctx_len'])} tokens, {first['dtype']}", fontsize=11)
+        _line(axes, str(name), points.sort_values(cost), cost, colors[(2 * number + number // 10) % len(colors)])
+    edge = group[group["on_density_frontier" if cost == "density" else "on_time_frontier"]].sort_values(cost)
+    axes.step(edge[cost], edge["quality"], where="post", color="gray", linewidth=0.8, zorder=0, label="frontier")
+    perplexity = first["metric"] == "perplexity"
+    if perplexity:
+        _scale(axes, group)
+    axes.set_xlabel(COSTS[cost] if cost == "density" else group["time_source"].dropna().iloc[0].replace("_ms", ", ms", 1))
+    axes.set_ylabel("perplexity (lower is better)" if perplexity else "mean score over tasks, % (higher is better)")
+    what = " ".join(filter(None, [first["suite"] if not perplexity else "", first["task"]]))
+    axes.set_title(f"{first['model']}: {what}, {ctx_name(first['ctx_len'])} tokens, {first['dtype']}", fontsize=11)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=9)
+    axes.legend(fontsize=9)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130)
     return stream.getvalue()
 
 
-def _line(axes: Axes, method: str, points: pd.DataFrame, color: Any) -> None:
-    # The spread between documents is shared by all methods; what separates them is the paired interval of the ratio to dense.
-    dense = points["value"] / points["vs_dense"]
-    sides = (points["value"] - points["vs_low"] * dense, points["vs_high"] * dense - points["value"])
+def _scale(axes: Axes, group: pd.DataFrame) -> None:
+    rest = group.loc[group["method"] != "random", "quality"]
+    low, high = rest.min(), rest.max()
+    if high > 10 * low:
+        axes.set_yscale("log")
+    elif group["quality"].max() > 2 * high:  # the floor is far away and would press all other lines into one
+        axes.set_ylim(low - 0.15 * (high - low) - 0.01 * low, high + 0.15 * (high - low) + 0.01 * high)
+
+
+def _line(axes: Axes, method: str, points: pd.DataFrame, cost: str, color: Any) -> None:
+    # The spread between documents is shared by all methods; what separates them is the paired interval.
+    sides = (points["quality"] - points["low"], points["high"] - points["quality"])
     bars = [side.clip(lower=0).fillna(0) for side in sides]
     look: dict[str, Any] = {"color": color, "marker": "o", "capsize": 2, "elinewidth": 0.8}
     if method in FRAMING:
         look |= {"color": "dimgray", "linestyle": "--", "marker": "v" if method == "oracle" else "^"}
-    worst = f" (up to {points['value'].max():.3g})" if method == "random" else ""
-    axes.errorbar(points["density"], points["value"], yerr=bars, label=method + worst, **look)
+    far = method == "random" and points["metric"].iloc[0] == "perplexity"
+    label = method + (f" (up to {points['quality'].max():.3g})" if far else "")
+    axes.errorbar(points[cost], points["quality"], yerr=bars, label=label, **look)

@@ -1,4 +1,4 @@
-"""From stored rows to what people read: aggregates with their uncertainty, ratios to dense, the leaderboard.
+"""From stored rows to what people read: aggregates with their uncertainty, comparisons with dense, the leaderboard.
 
 Nothing computed here is stored with the cells. Every function is pure; `frame` is Store.frame().
 """
@@ -7,162 +7,276 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-RESAMPLES = 2000
+from .statistics import FEWEST, LEVEL, Mixture, Ratio, compare, interval
+
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
-BASELINES = (*DENSE_KERNELS, "flex")
+BASELINES = (*DENSE_KERNELS, "flex", "sdpa")
+TIMED = (
+    "speed",
+    "latency",
+)  # suites of times and sizes: percentiles instead of intervals, no comparison with dense as a method
+TASKS = {
+    "ruler": 13,
+    "longbench": 21,
+    "longbench e": 13,
+    "longbench2": 1,
+}  # suites whose tasks are averaged: how many they have
+EFFECTIVE = 85.6  # %, of Llama-2-7b-chat at 4k tokens: RULER's threshold (Hsieh et al. 2024, arXiv 2404.06654, section 4)
 ROW = ["model", "revision", "method", "params", "density_target"]  # what makes a row of the leaderboard
 TEXT = ["label", "note"]  # what is said about it
-SETTINGS = ["limit", "seed", "dtype", "device", "inputs"]  # named in a column only where a suite was run with several
+SETTINGS = [
+    "limit",
+    "seed",
+    "dtype",
+    "device",
+    "options",
+    "inputs",
+]  # named in a column only where a suite was run with several
 PLACE = ["suite", "task", "ctx_len"]
-STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high"]
+STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high", "diff", "diff_low", "diff_high", "p_dense", "mark"]
+VERSUS = ["diff_versus", "p_versus", "mark_versus"]
+DENSE_NAMES = {"ratio": "vs_dense", "ratio_low": "vs_low", "ratio_high": "vs_high", "p": "p_dense", "mark": "mark"}
+DENSE_NAMES |= {name: name for name in ("diff", "diff_low", "diff_high")}  # what compare() gives -> the columns of STATS
+VERSUS_NAMES = {"diff": "diff_versus", "p": "p_versus", "mark": "mark_versus"}
 DENSITY = ["density", "density_min", "density_max"]
 PROVENANCE = ["gpu", "driver", "cpu", "torch", "triton", "transformers", "kernel", "knob", "calibrated_on"]
-PROVENANCE += ["git_commit", "git_dirty", "source_sha256"]
-SUMMARY = ["key", *ROW, *TEXT, *SETTINGS, *PLACE, "metric", "unit", "value", *STATS, *DENSITY]
+PROVENANCE += ["question", "dense_phases", "chat_template", "git_commit", "git_dirty", "source_sha256"]
+KNOWN = ["key", *ROW, *TEXT, "question", *SETTINGS, *PLACE]
+SUMMARY = [*KNOWN, "metric", "unit", "value", *STATS, *DENSITY]
+OVERVIEW = [*KNOWN[1:], "metric", "unit", "value", "tasks", "tasks_of", *STATS, *DENSITY]
 
 
-@dataclass
-class Ratio:
-    """sum(num) / sum(den) over independent units (documents or examples), or its exponential."""
-
-    units: list[str]
-    num: np.ndarray  # [n]
-    den: np.ndarray  # [n]
-    exponential: bool = False
-
-    @property
-    def value(self) -> float:
-        return float(self._of(np.ones(len(self.units))))
-
-    @property
-    def se(self) -> float:
-        """Standard error by linearisation; for equal denominators that is the standard error of a mean."""
-        n, total = len(self.units), self.den.sum()
-        if n < 2:
-            return float("nan")
-        residual = self.num - self.num.sum() / total * self.den
-        return float(np.sqrt(n / (n - 1) * (residual**2).sum()) / total * (self.value if self.exponential else 1))
-
-    def resampled(self) -> np.ndarray:
-        """[RESAMPLES] bootstrap values. Equal n means equal draws, which pairs two Ratios over the same units."""
-        return self._of(_draws(len(self.units)))
-
-    def _of(self, weights: np.ndarray) -> np.ndarray:
-        ratio = weights @ self.num / (weights @ self.den)
-        return np.exp(ratio) if self.exponential else ratio
-
-
-@lru_cache(maxsize=8)
-def _draws(n: int) -> np.ndarray:
-    """[RESAMPLES, n] how often each unit is drawn; always the same for one n."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
-
-
-def _interval(values: np.ndarray) -> dict[str, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return {"low": float(low), "high": float(high)}
-
-
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
+def summary(frame: pd.DataFrame, versus: str | None = None) -> pd.DataFrame:
     """A row per finished cell, task and metric: columns SUMMARY.
 
     perplexity = exp(total nll / total tokens); every other metric is a mean. `se` and the 95 % interval `low`, `high`
-    (bootstrap over documents or examples) are blank for n = 1. `vs_dense` is the ratio to the dense method of the same model,
-    examples and settings with a paired interval. For `speed`, speedup_NAME = NAME's time / the method's total time, and
-    of_best_dense = the useful FLOP rate / that of the fastest dense kernel.
+    (bootstrap over documents or examples) are blank for n = 1 and for times. Against the dense method of the same model,
+    examples and settings: vs_dense is the ratio, diff the difference, both with paired intervals, p_dense the p-value of the
+    paired sign-flip test and `mark` says "worse", "better" (p < 0.05) or "same" (no difference shown); with fewer than 6
+    examples no p can be that small, and the mark is "n<6". Fidelity is measured against dense and has no such columns.
+    For `speed`, speedup_NAME = NAME's time / the method's total time, and of_best_dense = the useful FLOP rate / that of the
+    fastest dense kernel; for `latency`, ttft_speedup_NAME and decode_speedup_NAME against the dense model with kernel NAME.
+
+    versus: a label or the name of a method; its row of the same density target is compared with in VERSUS columns, the
+    difference in the metric's unit. A label that fits goes before a name; of several methods of that name the first by label
+    and params is taken. Raises: ValueError when no finished row has that label or name.
     """
-    rows = [row for _, cell in _finished(frame).groupby(["key", "task"], sort=False) for row in _cell_rows(cell)]
-    dense = {_place(row): row["ratio"] for row in rows if row["method"] == "dense"}
-    for row in rows:
-        ratio, reference = row.pop("ratio"), dense.get(_place(row))
-        if ratio is not None and row["suite"] not in ("speed", "fidelity") and reference is not None:
-            row |= _versus(ratio, reference)
-    table = pd.DataFrame(rows).reindex(columns=SUMMARY)
+    rows = list(_records(frame))
+    known = {row["label"] for row in rows} | {row["method"] for row in rows}
+    if versus is not None and rows and versus not in known:
+        raise ValueError(f"no finished results of {versus!r} to compare with; there are {', '.join(sorted(known))}")
+    table = _table(rows, SUMMARY, versus)
     order = table.assign(sparse=table["method"] != "dense")
     return table.loc[
         order.sort_values(["suite", "model", "task", "ctx_len", "sparse", "label", "density"], kind="stable").index
     ]
 
 
-def _finished(frame: pd.DataFrame) -> pd.DataFrame:
-    frame = labelled(frame)
-    return frame[frame["status"] == "ok"]
+def overview(frame: pd.DataFrame, versus: str | None = None) -> pd.DataFrame:
+    """The suites of many tasks (TASKS) in a few numbers a method: columns OVERVIEW, task "" (LongBench-E: "e").
+
+    `mean` (of metric score; mean_0_4k of score_0_4k) is the plain mean over the tasks at one context, resampled and tested
+    within tasks. For RULER, over all lengths and with ctx_len 0, as NVIDIA/RULER's README gives them: wavg_inc and wavg_dec,
+    the means weighted 1, 2, 3 ... by rank of length, from the shortest and from the longest on; effective_length in tokens, the
+    longest with a mean above 85.6 %, 0 when there is none. These three are left out when not every length has the same tasks.
+    `tasks` of `tasks_of` were run. Comparisons as in summary(), between equal tasks only.
+    """
+    records = [row for row in _records(frame) if row["suite"] in TASKS and row["metric"].startswith("score")]
+    texts: dict[tuple, set[str]] = {}
+    for row in records:
+        texts.setdefault((_measured(row), row["ctx_len"], row["task"]), set()).add(row["inputs"])
+    # Tasks may differ in the texts they read, one task may not: then the texts are measurements of their own.
+    mixed = {measured for (measured, *_), inputs in texts.items() if len(inputs) > 1}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in records:
+        inputs = row["inputs"] if _measured(row) in mixed else ""
+        identity = tuple(str(row[name]) for name in [*ROW, "metric"])
+        groups.setdefault((_measured(row), identity, inputs), []).append(row)
+    table = _table([row for (*_, inputs), group in groups.items() for row in _means(group, inputs)], OVERVIEW, versus)
+    order = table.assign(sparse=table["method"] != "dense", last=table["ctx_len"] == 0)
+    by = ["suite", "model", "task", "sparse", "label", "density_target", "metric", "last", "ctx_len"]
+    return table.loc[order.sort_values(by, kind="stable").index]
+
+
+def _measured(row: dict[str, Any]) -> tuple[str, ...]:
+    """What the tasks of one mean share, the texts aside."""
+    return (*(str(row[name]) for name in ["model", "revision", *SETTINGS, "suite"] if name != "inputs"), _part(row))
+
+
+def _part(row: dict[str, Any]) -> str:
+    return "e" if row["suite"] == "longbench" and row["task"].endswith("_e") else ""
+
+
+def _means(records: list[dict[str, Any]], inputs: str) -> Iterator[dict[str, Any]]:
+    """The overview's rows of one method and metric; `records` are distinct in context and task."""
+    suite, part, metric = records[0]["suite"], _part(records[0]), records[0]["metric"].replace("score", "mean", 1)
+    lengths: dict[int, dict[str, dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: (r["ctx_len"], r["task"])):
+        lengths.setdefault(record["ctx_len"], {})[record["task"]] = record
+    common = records[0] | {"task": part, "inputs": inputs, "tasks_of": TASKS[f"{suite} {part}".strip()]}
+    common["question"] = ", ".join(sorted({record["question"] for record in records}))
+
+    def row(metric: str, ctx_len: int, ranks: dict[int, int]) -> dict[str, Any]:
+        used = {f"{length}/{task}": (length, record) for length in ranks for task, record in lengths[length].items()}
+        weights = {name: ranks[length] / sum(ranks.values()) / len(lengths[length]) for name, (length, _) in used.items()}
+        mean = Mixture({name: record["ratio"] for name, (_, record) in used.items()}, weights)
+        mid, low, high = ([record[name] for _, record in used.values()] for name in DENSITY)
+        densities = dict(zip(DENSITY, (np.mean(mid), np.min(low), np.max(high))))
+        tasks = {"tasks": len({record["task"] for _, record in used.values()})}
+        return common | {"ctx_len": ctx_len, "metric": metric, "ratio": mean} | densities | tasks
+
+    means = [row(metric, length, {length: 1}) for length in lengths]
+    yield from means
+    if (suite, metric) != ("ruler", "mean") or len({tuple(tasks) for tasks in lengths.values()}) > 1:
+        return
+    rank = {length: number for number, length in enumerate(lengths, 1)}
+    if len(rank) > 1:
+        yield row("wavg_inc", 0, rank)
+        yield row("wavg_dec", 0, {length: len(rank) + 1 - number for length, number in rank.items()})
+    longest = max((mean["ctx_len"] for mean in means if mean["ratio"].value > EFFECTIVE), default=0)
+    yield row("effective_length", 0, rank) | {"ratio": None, "unit": "tokens", "value": longest}
 
 
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the columns `label` and `note` of its provenance; without a label the method with all its params."""
-    label = frame.get("prov_label", pd.Series(index=frame.index, dtype=object))
-    spelt = [
-        f"{m}({','.join(f'{k}={v}' for k, v in json.loads(p or '{}').items())})" for m, p in zip(frame.method, frame.params)
-    ]
-    spelt = [name.removesuffix("()") for name in spelt]
-    note = frame.get("prov_note", pd.Series(index=frame.index, dtype=object))
-    return frame.assign(label=label.where(label.notna(), pd.Series(spelt, frame.index, dtype=object)), note=note.fillna(""))
+    """`frame` with the columns `label`, `note` and `question` of its provenance and with `options`; without a label the method
+    with all its params."""
+    texts = {name: frame.get(f"prov_{name}", pd.Series(index=frame.index, dtype=object)) for name in (*TEXT, "question")}
+    pairs = pd.Series(list(zip(frame["method"], frame["params"])), frame.index, dtype=object)
+    spelt = pairs.map({pair: f"{pair[0]}({spell(pair[1])})".removesuffix("()") for pair in pairs.unique()})
+    options = frame["options"] if "options" in frame else pd.Series("{}", frame.index, dtype=object)
+    return frame.assign(
+        label=texts["label"].where(texts["label"].notna(), spelt.astype(object)),
+        note=texts["note"].fillna(""),
+        question=texts["question"].fillna(""),
+        options=options.fillna("").replace("", "{}"),
+    )
 
 
-def _place(row: dict[str, Any]) -> tuple:
+def spell(settings: str) -> str:
+    """{"a":1,"b":2} -> "a=1,b=2"."""
+    return ",".join(f"{name}={value}" for name, value in json.loads(settings or "{}").items())
+
+
+def _records(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """What is known of every finished cell, task and metric: KNOWN, DENSITY, metric, unit and its `ratio`; a derived one (a
+    speed-up) has a `value` and the ratio None."""
+    frame = labelled(frame)
+    frame = frame[frame["status"] == "ok"]
+    groups = sorted(frame.groupby(["key", "task"], sort=False).indices.values(), key=lambda index: index[0])
+    columns = [*KNOWN, *DENSITY]
+    heads = frame.iloc[[int(index[0]) for index in groups]][columns].itertuples(index=False, name=None)
+    metrics, examples, values, units = (frame[name].to_list() for name in ("metric", "example", "value", "unit"))
+    for index, head in zip(groups, heads):
+        common = dict(zip(columns, head))
+        parts: dict[str, dict[str, float]] = {}
+        unit: dict[str, str] = {}
+        for i in index:
+            parts.setdefault(metrics[i], {})[examples[i]] = values[i]
+            unit[metrics[i]] = units[i]
+        measured = list(parts.pop("density", {}).values())  # per layer and head, where the suite measures it itself
+        if measured and pd.isna(common["density"]):
+            common |= dict(zip(DENSITY, (np.mean(measured), min(measured), max(measured))))
+        ratios = dict(_ratios(parts, fidelity=common["suite"] == "fidelity"))
+        for metric, ratio in ratios.items():
+            yield common | {"metric": metric, "unit": unit.get(metric, ""), "ratio": ratio}
+        for metric, value in _derived(common, {metric: ratio.value for metric, ratio in ratios.items()}).items():
+            yield common | {"metric": metric, "unit": "ratio", "ratio": None, "value": value, "n": 1}
+
+
+def _ratios(parts: dict[str, dict[str, float]], fidelity: bool) -> Iterator[tuple[str, Ratio]]:
+    """(metric, Ratio) for every metric {example: value} of one cell; a pair nll*, tokens* becomes perplexity*."""
+    for metric, values in parts.items():
+        if metric.startswith("tokens") and metric.replace("tokens", "nll", 1) in parts:
+            continue
+        tokens = parts.get(metric.replace("nll", "tokens", 1)) if metric.startswith("nll") else None
+        if tokens is not None:
+            den = np.array([tokens[example] for example in values], float)
+            yield metric.replace("nll", "perplexity", 1), Ratio(list(values), np.array(list(values.values())), den, True)
+        else:
+            sums: dict[str, list[float]] = {}
+            for example, value in values.items():
+                # An example of the fidelity suite is "document/layer/head": only documents are independent of one another.
+                sums.setdefault(example.rsplit("/", 2)[0] if fidelity else example, []).append(value)
+            num, den = (np.array([f(v) for v in sums.values()], float) for f in (sum, len))
+            yield metric, Ratio(list(sums), num, den)
+
+
+def _derived(common: dict[str, Any], values: dict[str, float]) -> dict[str, float]:
+    """Speed-ups and the like of one cell of the timed suites."""
+    found: dict[str, float] = {}
+    if common["suite"] == "speed" and "total_ms" in values:
+        found = {f"speedup_{b}": values[f"{b}_ms"] / values["total_ms"] for b in BASELINES if f"{b}_ms" in values}
+        dense = [values[f"{b}_ms"] for b in DENSE_KERNELS if f"{b}_ms" in values]
+        if dense and pd.notna(common["density"]):
+            found["of_best_dense"] = common["density"] * min(dense) / values["total_ms"]
+    if common["suite"] == "latency":
+        for name in BASELINES:
+            time, rate = f"ttft_{name}_ms", f"decode_{name}_tokens_per_s"
+            if {"ttft_ms", time} <= values.keys():
+                found[f"ttft_speedup_{name}"] = values[time] / values["ttft_ms"]
+            if {"decode_tokens_per_s", rate} <= values.keys():
+                found[f"decode_speedup_{name}"] = values["decode_tokens_per_s"] / values[rate]
+    return found
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str], versus: str | None) -> pd.DataFrame:
+    """`rows` with what their `ratio` says: value, uncertainty and comparisons."""
+    dense = {_place(row): row["ratio"] for row in rows if row["method"] == "dense"}
+    chosen = [row for row in rows if versus in (row["label"], row["method"])]
+    others: dict[tuple, Ratio | Mixture] = {}
+    for row in sorted(chosen, key=lambda row: (row["label"] != versus, row["label"], row["params"])):
+        others.setdefault((_target(row), *_place(row)), row["ratio"])
+    filled = []
+    for row in rows:
+        ratio, place = row["ratio"], _place(row)
+        if ratio is not None:
+            row = row | {"value": ratio.value, "n": len(ratio.units)}
+        if ratio is not None and row["suite"] not in TIMED:
+            row["se"] = ratio.se
+            row["low"], row["high"] = interval(ratio.resampled) if pd.notna(ratio.se) else (None, None)
+            if row["suite"] != "fidelity":
+                row |= _against(row, ratio, dense.get(place), DENSE_NAMES)
+            # Dense has no density target: with it, every row is compared.
+            row |= _against(row, ratio, others.get((_target(row), *place), others.get(("dense", *place))), VERSUS_NAMES)
+        filled.append(row)
+    table = pd.DataFrame(filled).reindex(columns=[*columns, *([] if versus is None else VERSUS)])
+    if table.empty:
+        return table.astype(object)
+    marks = [name for name in ("mark", "mark_versus") if name in table]
+    table[marks] = table[marks].astype(object).fillna("")
+    return table
+
+
+def _against(row: dict[str, Any], ratio: Any, other: Any, names: dict[str, str]) -> dict[str, Any]:
+    """The columns of one comparison; a row beside itself has neither p nor mark."""
+    found: dict[str, Any] = compare(ratio, other) if other is not None else {}
+    if found and ratio is not other:
+        found["mark"] = verdict(row["metric"], row["n"], found["diff"], found["p"])
+    elif found:
+        found = {"ratio": 1.0, "diff": 0.0}
+    return {names[name]: value for name, value in found.items() if name in names}
+
+
+def verdict(metric: str, n: int, diff: float, p: float) -> str:
+    """ "better", "worse", "same" or "n<6", see summary()."""
+    if n < FEWEST:
+        return f"n<{FEWEST}"
+    less_is_better = metric.startswith(("perplexity", "nll", "error"))
+    return "same" if p >= LEVEL else "better" if (diff < 0) == less_is_better else "worse"
+
+
+def _place(row: dict[str, Any]) -> tuple[str, ...]:
     """What two rows must share to be compared."""
     return tuple(str(row[c]) for c in ["model", "revision", *SETTINGS, *PLACE, "metric"])
 
 
-def _cell_rows(cell: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    first = cell.iloc[0]
-    common = {name: first[name] for name in ["key", *ROW, *TEXT, *SETTINGS, *PLACE, *DENSITY]}
-    measured = cell.loc[cell["metric"] == "density", "value"]  # per layer and head, where the suite measures it itself
-    if len(measured) and pd.isna(first["density"]):
-        common |= dict(zip(DENSITY, (measured.mean(), measured.min(), measured.max())))
-    values = {}
-    for metric, unit, ratio in _ratios(cell):
-        interval = _interval(ratio.resampled()) if len(ratio.units) > 1 else {}
-        values[metric] = ratio.value
-        uncertainty = {"n": len(ratio.units), "se": ratio.se, **interval}
-        yield common | {"metric": metric, "unit": unit, "value": ratio.value, "ratio": ratio} | uncertainty
-    if first["suite"] == "speed" and "total_ms" in values:
-        total = values["total_ms"]
-        derived = {f"speedup_{b}": values[f"{b}_ms"] / total for b in BASELINES if f"{b}_ms" in values}
-        dense = [values[f"{b}_ms"] for b in DENSE_KERNELS if f"{b}_ms" in values]
-        if dense and pd.notna(common["density"]):
-            derived["of_best_dense"] = common["density"] * min(dense) / total
-        for metric, value in derived.items():
-            yield common | {"metric": metric, "unit": "ratio", "value": value, "n": 1, "ratio": None}
-
-
-def _ratios(cell: pd.DataFrame) -> Iterator[tuple[str, str, Ratio]]:
-    """(metric, unit, Ratio) for every metric of one cell; a pair nll*, tokens* becomes perplexity*."""
-    parts = {str(metric): rows.set_index("example")["value"] for metric, rows in cell.groupby("metric", sort=False)}
-    for metric, values in parts.items():
-        if metric == "density" or (metric.startswith("tokens") and metric.replace("tokens", "nll", 1) in parts):
-            continue
-        tokens = parts.get(metric.replace("nll", "tokens", 1)) if metric.startswith("nll") else None
-        if tokens is not None:
-            units = [str(example) for example in values.index]
-            yield metric.replace("nll", "perplexity", 1), "", Ratio(units, values.to_numpy(), tokens[units].to_numpy(), True)
-        else:
-            unit = str(cell.loc[cell["metric"] == metric, "unit"].iloc[0])
-            # An example of the fidelity suite is "document/layer/head": only documents are independent of one another.
-            names = values.index.str.rsplit("/", n=2).str[0] if cell["suite"].iloc[0] == "fidelity" else values.index
-            sums = values.groupby(names, sort=False).agg(["sum", "count"])
-            yield metric, unit, Ratio(list(sums.index), sums["sum"].to_numpy(), sums["count"].to_numpy(float))
-
-
-def _versus(ratio: Ratio, dense: Ratio) -> dict[str, float]:
-    """Ratio to dense, paired by unit; nothing where the two saw different units or dense is 0."""
-    if ratio is dense:
-        return {"vs_dense": 1.0}
-    if sorted(ratio.units) != sorted(dense.units) or dense.value == 0:
-        return {}
-    order = [dense.units.index(unit) for unit in ratio.units]
-    paired = Ratio(ratio.units, dense.num[order], dense.den[order], dense.exponential)
-    resampled = paired.resampled()
-    interval = _interval(ratio.resampled() / resampled) if len(order) > 1 and (resampled != 0).all() else {}
-    return {"vs_dense": ratio.value / dense.value} | {f"vs_{name}": value for name, value in interval.items()}
+def _target(row: dict[str, Any]) -> str:
+    return "dense" if row["method"] == "dense" else str(row["density_target"])
 
 
 def ctx_name(tokens: int) -> str:
@@ -179,39 +293,3 @@ def varying(table: pd.DataFrame) -> list[str]:
 def metric_name(metric: str, suite: str) -> str:
     """ "" for the suite's own metric, "last256" for "perplexity_last256"."""
     return "" if metric == suite else metric.removeprefix(f"{suite}_")
-
-
-def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row per model x method x params (x density target); columns "suite task metric ctx" (the metric is left out where it
-    is the suite's name: "perplexity pydoc 2k"), each followed by its n, se, 95 % interval and ratio to dense, then the measured
-    density; last, what the row was measured on. Settings that differ within a suite are spelt in the column's name, so
-    different measurements never mix."""
-    rows: dict[tuple, dict[str, Any]] = {}
-    keys: dict[tuple, set[str]] = {}
-    for suite, table in summary(frame).groupby("suite", sort=True):
-        settings_named = varying(table)
-        stats = STATS if suite != "speed" else []
-        for record in table.to_dict("records"):
-            identity = tuple(None if pd.isna(record[name]) else record[name] for name in ROW)
-            keys.setdefault(identity, set()).add(record["key"])
-            row = rows.setdefault(identity, dict(zip(ROW, identity)) | dict.fromkeys(TEXT, ""))
-            row |= {
-                name: row[name] if record[name] in row[name] else f"{row[name]}; {record[name]}".strip("; ") for name in TEXT
-            }
-            metric = metric_name(record["metric"], str(suite))
-            settings = [f"{name}={record[name]}" for name in settings_named]
-            place = [str(suite), record["task"], ctx_name(record["ctx_len"]), *settings]
-            column = " ".join(filter(None, [*place[:2], metric, *place[2:]]))
-            row[column] = record["value"]
-            row |= {f"{column} {stat}": record[stat] for stat in stats}
-            row |= {" ".join([*place, name]): record[name] for name in DENSITY}
-    for name in (name for name in PROVENANCE if f"prov_{name}" in frame):
-        values = frame.drop_duplicates("key").set_index("key")[f"prov_{name}"].dropna().astype(str)
-        for identity, row in rows.items():
-            row[name] = "; ".join(sorted(set(values[values.index.isin(keys[identity])]))) or None
-    board = pd.DataFrame(list(rows.values()))
-    lead = [*ROW[:3], *TEXT, *ROW[3:]]
-    filled = [name for name in board.columns if name not in lead and board[name].notna().any()]
-    board = board.reindex(columns=[*lead, *sorted(filled, key=lambda name: name in PROVENANCE)])
-    order = board.assign(sparse=board["method"] != "dense")
-    return board.loc[order.sort_values(["model", "sparse", "label", "density_target"]).index].reset_index(drop=True)

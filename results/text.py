@@ -8,63 +8,170 @@ from typing import Any
 import pandas as pd
 import tabulate
 
-from .tables import ctx_name, labelled, metric_name, summary, varying
+from .statistics import LEVEL
+from .tables import ROW, SETTINGS, TIMED, ctx_name, labelled, metric_name, overview, spell, summary, varying
 
 tabulate.MIN_PADDING = 0  # as narrow as their cells: the tables fit 120 columns
+WIDTH = 120
 ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
-SPEED_COLUMNS = {  # what the terminal and the report show of the speed suite, in this order
-    "total_ms": "total ms", "select_ms": "select", "attend_ms": "attend", "speedup_fa2": "x fa2", "speedup_cudnn": "x cudnn",
+DECIDED = ("worse", "same", "better")
+SIGNS = {"better": "+", "same": "=", "worse": "-"}
+TIMED_COLUMNS = {  # what the terminal and the report show of the timed suites, in this order
+    "ttft_ms": "ttft ms", "ttft_speedup_sdpa": "x sdpa", "total_ms": "total ms", "select_ms": "select", "attend_ms": "attend",
+    "speedup_fa2": "x fa2", "ttft_speedup_fa2": "x fa2", "speedup_cudnn": "x cudnn", "ttft_speedup_cudnn": "x cudnn",
     "speedup_fa3": "x fa3", "speedup_fa4": "x fa4", "speedup_flex": "x flex", "tflops": "TFLOP/s", "of_best_dense": "of dense",
-    "peak_mb": "MiB",
+    "decode_tokens_per_s": "decode/s", "decode_speedup_sdpa": "decode x sdpa", "peak_mb": "MiB",
 }  # fmt: skip
 
 
-def print_table(frame: pd.DataFrame) -> str:
-    """The tables of a terminal: one per suite and model; below them the notes, what looks wrong, what was skipped or failed."""
-    table = summary(frame)
-    parts = []
-    for _, group in table.groupby(["suite", "model"], sort=True):
-        title, rows = compact(group)
-        parts.append(f"{title}\n" + tabulate.tabulate(rows.to_dict("list"), headers="keys", disable_numparse=True))
-    return (
-        "\n\n".join(parts + ["\n".join(lines) for lines in (notes(table), alarms(table), problems(frame)) if lines])
-        or "no results yet"
-    )
+def print_table(frame: pd.DataFrame, versus: str | None = None) -> str:
+    """The tables of a terminal: per suite and model the means over tasks, then a row per task; below them the notes, what
+    looks wrong, what was skipped or failed. `versus` and its ValueError: see summary()."""
+    table, means = summary(frame, versus), overview(frame, versus)
+    parts = [f"{title}\n{_text(rows)}" for title, rows in sections(table, means, versus)]
+    below = (notes(table), alarms(table, means), problems(frame))
+    return "\n\n".join(parts + ["\n".join(lines) for lines in below if lines]) or "no results yet"
 
 
-def compact(group: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+def sections(table: pd.DataFrame, means: pd.DataFrame, versus: str | None = None) -> list[tuple[str, pd.DataFrame]]:
+    """(title, rows as text) of every table, from summary() and overview()."""
+    found = []
+    for (suite, model), group in table.groupby(["suite", "model"], sort=True):
+        of_suite = means[(means["suite"] == suite) & (means["model"] == model)]
+        found += [compact_means(part, versus) for _, part in of_suite.groupby("task", sort=True) if part["tasks"].max() > 1]
+        found.append(compact(group, versus))
+    return found
+
+
+def compact_means(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.DataFrame]:
+    """(title, rows as text) of one suite and model in overview(): a row per method and density target, a column per context
+    with the mean and its mark against dense. Where the terminal is wide enough with the interval; where even the marks are
+    too wide, with their signs."""
+    title = [" ".join(filter(None, group[["suite", "task"]].iloc[0])), group["model"].iloc[0], "means over tasks"]
+    extra, parts = _extra(group), [part for _, part in group.groupby([*ROW, *SETTINGS], sort=False, dropna=False)]
+    for detail in (2, 1, 0):
+        table = pd.DataFrame([_means_row(part, extra, detail, versus) for part in parts]).fillna("")
+        contexts = [name for name in map(ctx_name, sorted(set(group["ctx_len"]) - {0})) if name in table]
+        late = [name for name in ("wavg inc", "wavg dec", "effective") if name in table]
+        table = table[[name for name in table if name not in (*contexts, *late)] + contexts + late]
+        if _width(table) <= WIDTH:
+            break
+    signs = [] if detail or not group["mark"].isin(DECIDED).any() else ["+ = - better, same, worse than dense"]
+    return _titled([*title, *signs], table, ["tasks", "question"], group)
+
+
+def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | None) -> dict[str, str]:
+    records = {(record["metric"], record["ctx_len"]): record for record in part.to_dict("records")}
+    means = {ctx_len: record for (metric, ctx_len), record in sorted(records.items()) if metric == "mean"}
+    first = next(iter(means.values()))
+    row = {"method": first["label"]} | {_setting(name): _said(name, first[name]) for name in extra}
+    row |= {"tasks": f"{max(r['tasks'] for r in means.values())} of {first['tasks_of']}"}
+    row |= {"density": _number(pd.Series([r["density"] for r in means.values()]).mean())}
+    shown = {ctx_name(ctx_len): (record, detail) for ctx_len, record in means.items()}
+    shown |= {n.replace("_", " "): (records[n, 0], min(detail, 1)) for n in ("wavg_inc", "wavg_dec") if (n, 0) in records}
+    for name, (record, fine) in shown.items():
+        low, high = (record["low"], record["high"]) if fine == 2 else (None, None)
+        value = _with_interval(record["value"], low, high, ".1f")
+        row[name] = f"{value} {record['mark']}".strip() if fine else value + SIGNS.get(record["mark"], "")
+        if versus is not None and pd.notna(record["diff_versus"]):
+            row[f"{name} vs {versus}"] = f"{record['diff_versus']:+.1f} {record['mark_versus']}".strip()
+    if ("effective_length", 0) in records:
+        row["effective"] = _effective(records["effective_length", 0]["value"], list(means))
+    return row
+
+
+def _effective(tokens: float, contexts: list[int]) -> str:
+    """As RULER's authors write it: "<4k" when even the shortest fails; nothing is known beyond the longest."""
+    if not tokens:
+        return f"<{ctx_name(contexts[0])}"
+    return ">=" * (tokens == contexts[-1]) + ctx_name(int(tokens))
+
+
+def compact(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.DataFrame]:
     """(title with what all rows share, the rows as text) of one suite and model in summary(): a row per cell and
-    task, a column per metric, "value [95 % interval]", and the ratio to dense of the first metric."""
-    extra = [name for name in ("density_target", *varying(group)) if group[name].notna().any()]
-    tasks = _short_tasks(group["task"].unique())
-    rows = []
-    for _, cell in group.groupby(["key", "task"], sort=False):
-        first = cell.iloc[0]
-        row = {"method": first["label"], "task": tasks[first["task"]], "ctx": ctx_name(first["ctx_len"])}
-        row |= {name.replace("density_target", "target"): _number(first[name]) for name in extra}
-        row["density"] = _number(first["density"])
-        if first["suite"] == "speed":
-            values = dict(zip(cell["metric"], cell["value"]))
-            row |= {name: _number(values[metric]) for metric, name in SPEED_COLUMNS.items() if metric in values}
-        else:
-            row |= _metric_columns(cell) | {"n": str(int(first["n"]))}
-        rows.append(row)
-    table = pd.DataFrame(rows).fillna("")
-    late = [name for name in SPEED_COLUMNS.values() if name in table]  # the first cell may lack what later ones have
-    table = table[[name for name in table if name not in late] + late]
-    shared = [name for name in ("task", "n") if name in table and table[name].nunique() == 1]
+    task, a column per metric, "value [95 % interval]", and for the first metric the ratio (of a %, the difference) to dense
+    and the mark, where any row of the table has enough examples for one. Of an accuracy's table that is too wide, first the
+    interval of the difference is left out, then the parts of the score."""
+    extra, tasks = _extra(group), _short_tasks(group["task"].unique())
+    marked = bool(group["mark"].isin(DECIDED).any())
+    cells = [cell for _, cell in group.groupby(["key", "task"], sort=False)]
+    for detail in (2, 1, 0):
+        rows = []
+        for cell in cells:
+            first = cell.iloc[0]
+            row = {"method": first["label"], "task": tasks[first["task"]], "ctx": ctx_name(first["ctx_len"])}
+            row |= {_setting(name): _said(name, first[name]) for name in extra} | {"density": _number(first["density"])}
+            if first["suite"] in TIMED:
+                values = dict(zip(cell["metric"], cell["value"]))
+                row |= {name: _number(values[metric]) for metric, name in TIMED_COLUMNS.items() if metric in values}
+            else:
+                row |= _metric_columns(cell, marked, detail, versus) | {"n": str(int(first["n"]))}
+            rows.append(row)
+        table = pd.DataFrame(rows).fillna("")
+        late = [name for name in dict.fromkeys(TIMED_COLUMNS.values()) if name in table]  # the first cell may lack some
+        table = table[[name for name in table if name not in late] + late]
+        title, table = _titled(list(group[["suite", "model"]].iloc[0]), table, ["task", "question", "n"], group)
+        if _width(table) <= WIDTH:
+            break
+    return title, table
+
+
+def _titled(title: list[str], table: pd.DataFrame, shareable: list[str], group: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """What all rows share goes from the table into its title; so do options given to the suite."""
+    shared = [name for name in shareable if name in table and table[name].nunique() == 1]
     said = [table[name].iloc[0] if name == "task" else f"{name} = {table[name].iloc[0]}" for name in shared]
-    return ", ".join([*group[["suite", "model"]].iloc[0], *said]), table.drop(columns=shared)
+    options = [spell(group["options"].iloc[0])] if group["options"].nunique() == 1 else []
+    return ", ".join(filter(None, [*title, *said, *options])), table.drop(columns=shared)
 
 
-def _metric_columns(cell: pd.DataFrame) -> dict[str, str]:
-    columns = {}
-    for record in cell.to_dict("records"):
+def _metric_columns(cell: pd.DataFrame, marked: bool, detail: int, versus: str | None) -> dict[str, str]:
+    records = sorted(cell.to_dict("records"), key=lambda record: record["metric"] != "score")
+    main = records[0]
+    percent = main["unit"] == "%"
+    columns = {metric_name(main["metric"], main["suite"]) or main["metric"]: _value(main)}
+    if percent and pd.notna(main["diff"]):
+        low, high = (main["diff_low"], main["diff_high"]) if detail == 2 else (None, None)
+        columns["vs dense"] = "" if pd.isna(main["p_dense"]) else _with_interval(main["diff"], low, high, "+.1f")
+    elif not percent and pd.notna(main["vs_dense"]):
+        columns["vs dense"] = _with_interval(main["vs_dense"], main["vs_low"], main["vs_high"])
+    if marked:
+        columns["mark"] = main["mark"]
+    if versus is not None and pd.notna(main["diff_versus"]):
+        columns[f"vs {versus}"] = f"{main['diff_versus']:+.3g} {main['mark_versus']}".strip()
+    for record in records[1:]:
         name = metric_name(record["metric"], record["suite"]) or record["metric"]
-        columns[name] = _with_interval(record["value"], record["low"], record["high"])
-        if pd.notna(record["vs_dense"]) and "vs dense" not in columns:
-            columns["vs dense"] = _with_interval(record["vs_dense"], record["vs_low"], record["vs_high"])
+        if not percent:
+            columns[name] = _value(record)
+        elif detail:  # the parts of a score, or the same in another scale
+            columns[name.removesuffix("_score").removeprefix("score_")] = _value(record | {"low": None})
     return columns
+
+
+def _value(record: dict[Any, Any]) -> str:
+    style = ".1f" if record["unit"] == "%" else ".4g"
+    return _with_interval(record["value"], record["low"], record["high"], style)
+
+
+def _width(table: pd.DataFrame) -> int:
+    return max(map(len, _text(table).splitlines()))
+
+
+def _text(rows: pd.DataFrame) -> str:
+    return tabulate.tabulate(rows.to_dict("list"), headers="keys", disable_numparse=True)
+
+
+def _extra(group: pd.DataFrame) -> list[str]:
+    """The columns that tell rows of one method apart."""
+    extra = [name for name in ("density_target", *varying(group)) if group[name].notna().any()]
+    return extra + (["question"] if (group["question"] != "").any() else [])
+
+
+def _setting(name: str) -> str:
+    return "target" if name == "density_target" else name
+
+
+def _said(name: str, value: Any) -> str:
+    return spell(value) if name == "options" else _number(value)
 
 
 def _short_tasks(tasks: Iterable[str]) -> dict[str, str]:
@@ -74,14 +181,15 @@ def _short_tasks(tasks: Iterable[str]) -> dict[str, str]:
     return {task: name if names.count(name) == 1 else task for task, name in short.items()}
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, style: str = ".4g") -> str:
     if not isinstance(value, float):
         return "" if pd.isna(value) else str(value)
-    return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if pd.isna(value) else f"{value:.0f}" if abs(value) >= 1000 else f"{value:{style}}"
 
 
-def _with_interval(value: float, low: float, high: float) -> str:
-    return _number(value) if pd.isna(low) else f"{_number(value)} [{_number(low)}, {_number(high)}]"
+def _with_interval(value: float, low: float | None, high: float | None, style: str = ".4g") -> str:
+    number = _number(value, style)
+    return number if pd.isna(low) else f"{number} [{_number(low, style)}, {_number(high, style)}]"
 
 
 def notes(table: pd.DataFrame) -> list[str]:
@@ -90,18 +198,26 @@ def notes(table: pd.DataFrame) -> list[str]:
     return [f"note: {label}: {note}" for label, note in zip(said["label"], said["note"])]
 
 
-def alarms(table: pd.DataFrame) -> list[str]:
-    """A line for every sparse method that beats dense beyond its 95 % interval: a sign of a mistake before it is a win."""
-    better = [
-        r["vs_high"] < 1 - ROUNDING
-        if str(r["metric"]).startswith("perplexity")
-        else r["unit"] == "%" and r["vs_low"] > 1 + ROUNDING
-        for r in table.to_dict("records")
-    ]
-    return [
-        f"check: {r['label']} beats dense in {r['metric']}, {r['task']} {ctx_name(r['ctx_len'])} ({r['vs_dense']:.4g} of dense)"
-        for r in table[better].to_dict("records")
-    ]
+def alarms(table: pd.DataFrame, means: pd.DataFrame) -> list[str]:
+    """A line for every sparse method that beats dense significantly and beyond rounding: a sign of a mistake before it is a
+    win. Where examples are too few for a p-value the paired interval decides. The last line says how many comparisons were
+    made, and so how many marks chance alone would set. `table` is of summary(), `means` of overview()."""
+    table = pd.concat([means[means["tasks"] > 1], table])  # the mean over one task is that task
+    table = table[table["metric"].str.startswith("perplexity") | (table["unit"] == "%")]
+    lines = []
+    for r in table.to_dict("records"):
+        less_is_better = r["metric"].startswith("perplexity")
+        interval = r["vs_high"] < 1 - ROUNDING if less_is_better else r["vs_low"] > 1 + ROUNDING
+        beyond = pd.isna(r["vs_dense"]) or abs(r["vs_dense"] - 1) > ROUNDING
+        if beyond if r["mark"] == "better" else interval and r["mark"] not in DECIDED:
+            place = " ".join([r["task"] or r["suite"], *([ctx_name(r["ctx_len"])] if r["ctx_len"] else [])])
+            size = f"{r['diff']:+.3g}" if pd.isna(r["vs_dense"]) else f"{r['vs_dense']:.4g} of dense"
+            chance = f"p = {r['p_dense']:.2g}" if r["mark"] in DECIDED else f"n = {r['n']:.0f} gives no p-value"
+            lines.append(f"check: {r['label']} beats dense in {r['metric']}, {place} ({size}), {chance}")
+    if made := int(table["mark"].isin(DECIDED).sum()):
+        chance = f"about {LEVEL * made:.1f} would say worse or better if nothing differed"
+        lines.append(f"marks: {made} comparisons with dense at p < {LEVEL}: {chance}")
+    return lines
 
 
 def problems(frame: pd.DataFrame) -> list[str]:

@@ -43,7 +43,7 @@ def frame(tmp_path):
 def test_one_plot_per_model_corpus_context_and_settings(frame, tmp_path):
     longer = frame.assign(ctx_len=4096, key=frame["key"] + "x")
     half = frame.assign(dtype="float16", key=frame["key"] + "y")
-    paths = plots.perplexity_plots(pd.concat([frame, longer, half]), tmp_path)
+    paths = plots.quality_plots(plots.pareto(pd.concat([frame, longer, half])), tmp_path)
     assert [path.name for path in paths] == [
         "perplexity-tiny-file-a-b.txt-2k.png", "perplexity-tiny-file-a-b.txt-2k-2.png", "perplexity-tiny-file-a-b.txt-4k.png",
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_one_plot_per_model_corpus_context_and_settings(frame, tmp_path):
 def test_plot_styles_and_values(frame, monkeypatch):
     figures = []
     monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    plots._png(plots.summary(frame).query("metric == 'perplexity'"))
+    plots._png(plots.pareto(frame), "density")
     axes = figures[0].axes[0]
     lines = {container.get_label(): container.lines[0] for container in axes.containers}
     styles = {name: line.get_linestyle() for name, line in lines.items()}
@@ -68,7 +68,7 @@ def test_plot_styles_and_values(frame, monkeypatch):
 def test_a_plot_of_very_different_methods_is_logarithmic(frame, monkeypatch):
     figures = []
     monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    plots._png(plots.summary(frame.replace({"method": {"random": "other"}})).query("metric == 'perplexity'"))
+    plots._png(plots.pareto(frame.replace({"method": {"random": "other"}})), "density")
     assert figures[0].axes[0].get_yscale() == "log"
 
 
@@ -78,7 +78,7 @@ def test_settings_of_a_method_at_equal_density_are_lines_of_their_own(frame, mon
     twice = pd.concat(
         [frame, frame[frame["method"] == "seer"].assign(prov_label="seer(x=1)", key=frame["key"] + "x", params='{"x":1}')]
     )
-    plots._png(plots.summary(twice).query("metric == 'perplexity'"))
+    plots._png(plots.pareto(twice), "density")
     labels = {container.get_label() for container in figures[0].axes[0].containers}
     assert labels == {"oracle", "random (up to 403)", "seer", "seer(x=1)"}
 

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sparsebench.results.report import leaderboard
 from sparsebench.results.store import Store
-from sparsebench.results.tables import ctx_name, leaderboard, summary
+from sparsebench.results.tables import ctx_name, summary
 from sparsebench.results.text import print_table
 from sparsebench.suites.base import Cell, Score
 
