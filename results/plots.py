@@ -18,9 +18,9 @@ from .tables import ROW, SETTINGS, ctx_name, overview, summary
 
 FRAMING = ("oracle", "random")  # the ceiling and the floor of any selection
 GROUP = ["model", "revision", "suite", "task", "ctx_len", *SETTINGS, "metric"]  # the points of one picture
-PARETO = [*GROUP, "unit", "label", "method", "params", "density_target", "density", "quality", "low", "high"]
+PARETO = [*GROUP, "unit", "label", "method", "params", "density_target", "tasks", "density", "quality", "low", "high"]
 PARETO += ["time_ms", "time_source", "on_density_frontier", "on_time_frontier"]
-COSTS = {"density": "measured density (selected / causally visible pairs)", "time_ms": "ms"}
+DENSITY_LABEL = "measured density (selected / causally visible pairs)"
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:
@@ -29,8 +29,8 @@ def pareto(frame: pd.DataFrame) -> pd.DataFrame:
     `low`, `high` are the paired 95 % interval: dense's value with that of the ratio (perplexity) or difference (%) to dense.
     time_ms is ttft_ms of the latency suite for the same model, dtype, method, settings, target and context; where a group has
     none at all, total_ms of the speed suite, which is one attention layer. `time_source` names it. A point is on a frontier
-    when no other has as little cost and as good a quality and is better in one; `oracle` knows the dense attention, which
-    nothing that saves work can, and is on none. Rows of one group, GROUP, are comparable.
+    when no other has as little cost and as good a quality and is better in one. On none are `oracle`, which knows the dense
+    attention, and means over fewer `tasks` than others of the group have. Rows of one group, GROUP, are comparable.
     """
     return pareto_points(summary(frame), overview(frame))
 
@@ -68,9 +68,11 @@ def _timed(group: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 def _with_frontiers(group: pd.DataFrame) -> pd.DataFrame:
     sign = -1 if group["metric"].iloc[0] == "perplexity" else 1
     quality: np.ndarray = sign * group["quality"].to_numpy(float)
+    tasks = group["tasks"].astype(float)
+    complete = (group["method"] != "oracle") & (tasks.isna() | (tasks == tasks.max()))
     for column, cost_column in (("on_density_frontier", "density"), ("on_time_frontier", "time_ms")):
         cost = group[cost_column].to_numpy(float)
-        allowed = (group["method"] != "oracle").to_numpy() & ~np.isnan(cost)
+        allowed = complete.to_numpy() & ~np.isnan(cost)
         no_worse = (cost[:, None] <= cost) & (quality[:, None] >= quality)  # [other, point]; False where a cost is missing
         better = (cost[:, None] < cost) | (quality[:, None] > quality)
         group = group.assign(**{column: allowed & ~(no_worse & better & allowed[:, None]).any(axis=0)})
@@ -114,7 +116,8 @@ def _png(group: pd.DataFrame, cost: str) -> bytes:
     perplexity = first["metric"] == "perplexity"
     if perplexity:
         _scale(axes, group)
-    axes.set_xlabel(COSTS[cost] if cost == "density" else group["time_source"].dropna().iloc[0].replace("_ms", ", ms", 1))
+    timed = group["time_source"].dropna().str.replace("_ms", "", n=1) + ", ms"
+    axes.set_xlabel(DENSITY_LABEL if cost == "density" else timed.iloc[0])
     axes.set_ylabel("perplexity (lower is better)" if perplexity else "mean score over tasks, % (higher is better)")
     what = " ".join(filter(None, [first["suite"] if not perplexity else "", first["task"]]))
     axes.set_title(f"{first['model']}: {what}, {ctx_name(first['ctx_len'])} tokens, {first['dtype']}", fontsize=11)

@@ -38,16 +38,19 @@ def sections(table: pd.DataFrame, means: pd.DataFrame, versus: str | None = None
     found = []
     for (suite, model), group in table.groupby(["suite", "model"], sort=True):
         of_suite = means[(means["suite"] == suite) & (means["model"] == model)]
-        found += [compact_means(part, versus) for _, part in of_suite.groupby("task", sort=True) if part["tasks"].max() > 1]
+        for _, part in of_suite.groupby("task", sort=True):
+            if part["tasks"].max() > 1:
+                found += [compact_means(part)] + ([] if versus is None else [compact_means(part, versus)])
         found.append(compact(group, versus))
     return found
 
 
 def compact_means(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.DataFrame]:
     """(title, rows as text) of one suite and model in overview(): a row per method and density target, a column per context
-    with the mean and its mark against dense. Where the terminal is wide enough with the interval; where even the marks are
-    too wide, with their signs."""
+    with the mean and its mark against dense, or with the difference to `versus` and its mark. Where the terminal is wide enough
+    with the mean's interval; where even the marks are too wide, with their signs."""
     title = [" ".join(filter(None, group[["suite", "task"]].iloc[0])), group["model"].iloc[0], "means over tasks"]
+    title += [] if versus is None else [f"difference to {versus}"]
     extra, parts = _extra(group), [part for _, part in group.groupby([*ROW, *SETTINGS], sort=False, dropna=False)]
     for detail in (2, 1, 0):
         table = pd.DataFrame([_means_row(part, extra, detail, versus) for part in parts]).fillna("")
@@ -56,7 +59,8 @@ def compact_means(group: pd.DataFrame, versus: str | None = None) -> tuple[str, 
         table = table[[name for name in table if name not in (*contexts, *late)] + contexts + late]
         if _width(table) <= WIDTH:
             break
-    signs = [] if detail or not group["mark"].isin(DECIDED).any() else ["+ = - better, same, worse than dense"]
+    mark = "mark" if versus is None else "mark_versus"
+    signs = [] if detail or not group[mark].isin(DECIDED).any() else [f"+ = - better, same, worse than {versus or 'dense'}"]
     return _titled([*title, *signs], table, ["tasks", "question"], group)
 
 
@@ -71,11 +75,11 @@ def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | 
     shown |= {n.replace("_", " "): (records[n, 0], min(detail, 1)) for n in ("wavg_inc", "wavg_dec") if (n, 0) in records}
     for name, (record, fine) in shown.items():
         low, high = (record["low"], record["high"]) if fine == 2 else (None, None)
-        value = _with_interval(record["value"], low, high, ".1f")
-        row[name] = f"{value} {record['mark']}".strip() if fine else value + SIGNS.get(record["mark"], "")
-        if versus is not None and pd.notna(record["diff_versus"]):
-            row[f"{name} vs {versus}"] = f"{record['diff_versus']:+.1f} {record['mark_versus']}".strip()
-    if ("effective_length", 0) in records:
+        value, mark = _with_interval(record["value"], low, high, ".1f"), record["mark"]
+        if versus is not None:
+            value, mark = _number(record["diff_versus"], "+.1f"), record["mark_versus"]
+        row[name] = f"{value} {mark}".strip() if fine else value + SIGNS.get(mark, "")
+    if versus is None and ("effective_length", 0) in records:
         row["effective"] = _effective(records["effective_length", 0]["value"], list(means))
     return row
 
@@ -137,7 +141,7 @@ def _metric_columns(cell: pd.DataFrame, marked: bool, detail: int, versus: str |
     if marked:
         columns["mark"] = main["mark"]
     if versus is not None and pd.notna(main["diff_versus"]):
-        columns[f"vs {versus}"] = f"{main['diff_versus']:+.3g} {main['mark_versus']}".strip()
+        columns[f"vs {versus}"] = f"{main['diff_versus']:{'+.1f' if percent else '+.3g'}} {main['mark_versus']}".strip()
     for record in records[1:]:
         name = metric_name(record["metric"], record["suite"]) or record["metric"]
         if not percent:

@@ -107,7 +107,7 @@ def test_versus_pairs_rows_of_one_density_target(results):
     assert own["diff_versus"] == 0 and pd.isna(own["p_versus"]) and own["mark_versus"] == ""
     assert "diff_versus" not in summary(results.frame())
     lines = print_table(results.frame(), versus="seer").splitlines()
-    assert "vs seer" in lines[1] and any("+50 better" in line for line in lines)
+    assert "vs seer" in lines[1] and any("+50.0 better" in line for line in lines)
 
 
 def test_versus_takes_a_label_before_a_name(results):
