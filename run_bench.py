@@ -105,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words("--models", default=["smollm2-135m"], help="embedded names, local folders or hub ids")
     words("--suites", default=[DEFAULT_SUITES], help=", ".join(SUITES))
     words("--tasks", default=[], help="of ruler, longbench and longbench2; all of a suite's unless given")
-    words("--corpus", default=["pydoc"], help="pydoc, pg19, proof_pile, file:PATH or a hub data set")
+    words("--corpus", default=["pydoc"], help="pydoc, pg19, proof_pile, file:PATH or a hub data set[@REVISION]")
     words("--density", default=[], help="targets: each method's knob is turned to them on other text")
     parser.add_argument("--limit", type=int, default=None, help="documents or examples a cell; each suite has a default")
     parser.add_argument("--chat-template", action="store_true", help="put the model's chat template around the prompts")
@@ -126,8 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv or FIRST_LOOK)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    for name in ("limit", "stride"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
     return args
 
@@ -210,7 +211,7 @@ def make_job(
     elif longest is not None and ctx_len > longest:
         skip = f"{model} is limited to {longest} tokens"
     elif "prefill" not in method.phases:
-        skip = f"{method.name} is a decode method and {suite_name} only prefills"
+        skip = f"{method.name} is a decode method and has no prefill"
     return Job(cell, method, skip, note)
 
 
