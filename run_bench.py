@@ -80,14 +80,14 @@ def main(argv: list[str] | None = None) -> int:
                 status = 130
             store.export()
             frame = store.frame()
-            report.write(frame, store.folder)
+            report.write(frame, store.folder, versus=args.versus)
+        print(print_table(frame[frame["key"].isin({job.cell.key for job in jobs})], versus=args.versus))
     except ValueError as error:
         print(f"run_bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the first cell or in the tables, which the same command makes again
         print("\ninterrupted", file=sys.stderr)
         return 130
-    print(print_table(frame[frame["key"].isin({job.cell.key for job in jobs})]))
     print(f"\nresults.csv, leaderboard.csv, plots and report.html are in {args.out}")
     return status
 
@@ -152,6 +152,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         zoo.describe(model)
     if not (methods and contexts and suites and models and corpora):
         raise ValueError("nothing to run: --methods, --ctx, --suites, --models and --corpus each need at least one value")
+    if args.versus and args.versus not in [name for m in methods for name in (m.name, label(m))]:
+        raise ValueError(f"--versus {args.versus} is none of --methods: {', '.join(label(m) for m in methods)}")
     baseline = [] if any(m.name == "dense" for m in methods) else [METHODS["dense"]()]
     tasks = {suite: choose_tasks(suite, corpora, _words(args.tasks), suites) for suite in suites}
     jobs = []
