@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .base import Cell, NotApplicable, Score, Suite
 from .corpora import token_windows
 
-CACHE_PART = 8  # of a GPU's memory that the key-value cache of a batch may take
+CACHE_PART = 16  # of a GPU's memory that the key-value cache of a batch may take
 CPU_CACHE_BYTES = 2**30
 CALIBRATION_TEXT = "pydoc"  # where a task leaves no example over
 
