@@ -170,7 +170,9 @@ def _changes(module: Any, family: Family, cell: Cell, meter: Meter, words: list[
         return sampler(*args, **settings | {"num_samples": wanted})
 
     def vt(noises: int, *args: Any, **settings: Any) -> tuple:
-        return make(max(noises, LEAST_NOISES), *args, **settings)  # with none it would try for ever
+        while True:
+            with contextlib.suppress(IndexError):  # two variables were drawn with the same name
+                return make(max(noises, LEAST_NOISES), *args, **settings)  # with no noise it would try for ever
 
     def cwe(number: int, length: int) -> tuple:
         shot, text, answer = make(max(number, LEAST_WORDS), length)

@@ -118,10 +118,12 @@ def test_needles_stand_between_sentences(words, story):
 @pytest.mark.parametrize("task", [*OFFLINE_TASKS, "niah_multiquery"])
 def test_same_examples_whatever_came_before(words, story, task):
     options = {"haystack": story} if task in ESSAY_TASKS else {}
+    for seed, seeded in enumerate((random, np.random, ruler._harness("cwe_utils").RNG)):
+        seeded.seed(seed)
     first = texts(words, cell(task, **options))
     make_examples.cache_clear()
-    random.seed(99)
-    np.random.seed(99)
+    for seeded in (random, np.random, ruler._harness("cwe_utils").RNG):
+        seeded.seed(99)
     texts(words, cell("cwe", seed=5))
     before = random.getstate(), np.random.get_state()[1].tolist()
     assert texts(words, cell(task, **options)) == first
@@ -162,7 +164,7 @@ def test_without_a_limit_there_are_as_many_as_in_the_harness(words, monkeypatch)
     "task, ctx_len, reason",
     [
         ("niah_single_1", 160, "niah_single_1 does not fit into 160"),
-        ("niah_single_2", 512, "steps that are too large"),  # 500 words more or none
+        ("niah_multiquery", 512, "steps that are too large"),  # 500 words more or none
         ("vt", 512, "vt needs"),
         ("cwe", 512, "cwe needs"),
         ("fwe", 199, "fwe needs 200 tokens"),
@@ -171,6 +173,50 @@ def test_without_a_limit_there_are_as_many_as_in_the_harness(words, monkeypatch)
 def test_contexts_that_are_too_short(words, story, task, ctx_len, reason):
     with pytest.raises(NotApplicable, match=reason):
         texts(words, cell(task, ctx_len, haystack=story))
+
+
+@pytest.mark.parametrize("task", ["vt", "cwe", "fwe"])
+def test_the_shortest_context_is_enough(words, task):
+    """Here the generators' own searches find nothing that fits; left alone, that of vt never ends."""
+    with pytest.raises(NotApplicable) as caught:
+        texts(words, cell(task, 150))
+    shortest = int(str(caught.value).split(" needs ")[1].split()[0])
+    for example in Ruler().examples(words, cell(task, shortest)):
+        assert Ruler().prompt(words, cell(task, shortest), example) and example.references
+
+
+def test_equal_names_are_drawn_again(words, monkeypatch):
+    module, drawn = ruler._harness("vt_utils"), []
+
+    def choices(letters, k):
+        drawn.append("SAME" if len(drawn) < 2 else f"{len(drawn):0{k}}")
+        return drawn[-1]
+
+    monkeypatch.setattr(module.random, "choices", choices)
+    assert all(len(e.references) == 5 for e in Ruler().examples(words, cell("vt")))
+
+
+def test_the_longest_worked_example(words):
+    """With its answers, by which the search measures it, the shortest one is too long: left alone, the search never ends."""
+    factor = 2.0
+
+    def tokenizer(text, **options):
+        return {"input_ids": [0] * int(factor * len(encode(words.tokenizer, text)))}
+
+    tokenizer.bos_token = None
+    with pytest.raises(NotApplicable, match="worked example"):
+        while True:
+            found = ruler.make_examples(tokenizer, cell("vt", 4096, seed=int(100 * factor)))
+            factor += 0.01
+    assert factor > 2 and len(found[0].references) == 5
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "fwe"])
+def test_no_length_is_exceeded(words, task):
+    for ctx_len in range(600, 640, 2):
+        wanted = cell(task, ctx_len, limit=1)
+        for example in Ruler().examples(words, wanted):
+            assert Ruler().prompt(words, wanted, example)  # raises when it is too long
 
 
 def test_tokens_that_are_characters(model_folder, monkeypatch):
@@ -184,7 +230,7 @@ def test_tokens_that_are_characters(model_folder, monkeypatch):
 
 def test_haystack_from_a_text_or_from_lines(words, story, tmp_path):
     path = tmp_path / "story.jsonl"
-    halves = STORY * 50, STORY.replace(" ", "\t") * 50
+    halves = (STORY * 5).strip(), (STORY.replace(" ", "\t") * 95).strip()
     lines = [{"text": text, "split": "eval"} for text in halves] + [{"text": "not this", "split": "train"}]
     path.write_text("\n".join(map(json.dumps, lines)))
     assert texts(words, cell("niah_multikey_1", haystack=f"file:{path}")) == texts(
@@ -241,6 +287,8 @@ def test_questions_about_documents(words, monkeypatch):
         getattr(ruler._harness("qa_utils"), read).cache_clear()
     suite, wanted = Ruler(), cell("qa_1", 1536, chat_template=True)
     examples = suite.examples(words, wanted)
+    with pytest.raises(NotApplicable, match="steps that are too large"):  # ten documents or the one with the answer
+        texts(words, cell("qa_1", 500))
     ruler._harness("qa_utils").read_squad.cache_clear()
     assert [e.references for e in examples[:2]] == [("blue0", "x"), ("blue1", "x")]
     for example in examples:
