@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from .block_lists import SCRATCH_ELEMENTS, block_lists, numbers, row_bounds, visible_pairs
-
-
-def _pairs_from(first: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
-    """Sum over the rows i in [q0, q1) of the keys j with first <= j <= i (closed form, int64)."""
-    q0 = torch.maximum(q0, first)
-    rows = (q1 - q0).clamp(min=0)
-    return rows * ((q0 + 1 - first) + (q1 - first)) // 2
+from .pair_counts import add_pairs
 
 
 @dataclass(frozen=True)
@@ -141,48 +135,12 @@ class BlockMask:
         near = (i - j < self.window) | (j < self.sink) | (i >= self.kv_len - self.last)
         return visible & (near if self.stride is None else near | ((i - j) % self.stride == 0))
 
-    def _pairs_between(self, lo: Tensor, hi: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
-        """Pairs of the queries q0 <= i < q1 with the keys lo <= j < hi; lo, hi int64 [B, H, rows, *], q0, q1 [rows, 1]."""
-
-        def causal(q0, q1, a, b):
-            return _pairs_from(a, q0, q1) - _pairs_from(torch.maximum(a, b), q0, q1)
-
-        if self.window is None:
-            return causal(q0, q1, lo, hi)
-        cut = q0.clamp(min=self.kv_len - self.last).minimum(q1)  # rows from here on ignore the window
-        sink_hi = hi.clamp(max=self.sink).maximum(lo)
-        near = causal(q0, cut, sink_hi, hi) - causal(q0, cut, sink_hi + self.window, hi + self.window)
-        pairs = causal(cut, q1, lo, hi) + causal(q0, cut, lo, sink_hi) + near
-        return pairs if self.stride is None else pairs + self._strided_pairs(sink_hi, hi, q0, cut)
-
-    def _strided_pairs(self, lo: Tensor, hi: Tensor, q0: Tensor, q1: Tensor) -> Tensor:
-        """As _pairs_between, those whose distance is a multiple of `stride` and not inside the window."""
-        assert self.window is not None and self.stride is not None
-        stride = self.stride
-        i = q0[..., None] + torch.arange(self.q_block, device=self.device)  # [rows, 1, q_block]
-
-        def before(key: Tensor) -> Tensor:
-            """Keys below `key` at a multiple of the stride from i."""
-            return (key - i % stride + stride - 1).div(stride, rounding_mode="floor").clamp(min=0)
-
-        count = before(hi[..., None].minimum(i - self.window + 1)) - before(lo[..., None])
-        return (count.clamp(min=0) * (i < q1[..., None])).sum(-1)
-
     def pairs(self) -> Tensor:
         """Selected (query, key) pairs, int64 [B, H], on the mask's device."""
-        lists = [(self.kv_indices, self._valid(), self.step, self.kv_block)]
-        if self.column_indices is not None:
-            lists.append((self.column_indices, self._column_valid(), 1, 1))
-        q0, q1 = (bound[:, None] for bound in self.row_bounds())
-        total = torch.zeros(self.kv_num_blocks.shape[:2], dtype=torch.int64, device=self.device)
-        for index, valid, step, size in lists:
-            rows = max(SCRATCH_ELEMENTS // max(index[:, :, 0].numel() * (self.q_block if self.stride else 1), 1), 1)
-            for start in range(0, index.shape[2], rows):
-                part = slice(start, start + rows)
-                first = index[:, :, part].long() * step
-                pairs = self._pairs_between(first, first + size, q0[part], q1[part])
-                total += (pairs * valid[:, :, part]).sum((-1, -2))
-        return total
+        batch, heads = self.kv_num_blocks.shape[:2]
+        counts = torch.zeros(2, batch * heads, dtype=torch.int64, device=self.device)
+        add_pairs(self, counts)
+        return counts[0].view(batch, heads)
 
     def rows(self, first: int, stop: int) -> BlockMask:
         """The selection of the query blocks first <= block < stop alone, as if the keys ended with the last of them."""

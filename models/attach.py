@@ -15,10 +15,15 @@ from transformers.masking_utils import causal_mask_function
 
 from ..kernels import resolve_impl, visible_pairs
 from ..methods.base import Method, dense_attention
+from ..methods.dense import Dense
 from .rope import ModelContext, ModelRope, find_rotary
 from .trace import Trace
 
 NAME = "sparsebench"  # in transformers' registry of attention implementations
+REFUSED = {  # keywords of transformers' attention functions
+    "sliding_window": "a sliding window", "softcap": "soft-capped logits (softcap)", "s_aux": "attention sinks (s_aux)",
+    "position_bias": "a position bias", "cache": "a paged cache", "output_attentions": "output_attentions",
+}  # fmt: skip
 _ATTACHED: dict[int, _Attachment] = {}  # id of a config -> who is attached to the model that owns it
 
 
@@ -124,6 +129,8 @@ class _Attachment:
 
     def __init__(self, model: PreTrainedModel, method: Method):
         self.method = method
+        # Dense attention is what a missing phase runs as well: it needs no context and no splitting of decoded batches.
+        self.phases = frozenset() if isinstance(method, Dense) else method.phases
         self.layers = {id(module) for module in model.modules()}
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.trace = Trace(self.num_layers)
@@ -135,6 +142,7 @@ class _Attachment:
         self._rows: list[_Rows] | None = None
         self.positions: Tensor | None = None  # [1 or B, kv_len]: what the rotary embedding was given for every key
         self.new_positions: Tensor | None = None
+        self.query_positions: Tensor | None = None  # of the forward pass, [q_len], made on first use
         self.rotary = find_rotary(model)
         self.ropes: dict[int, ModelRope] = {}
         self.hook = self.rotary and self.rotary.register_forward_pre_hook(self._watch_positions, with_kwargs=True)
@@ -152,7 +160,7 @@ class _Attachment:
 
     def plan(self, q_len: int, kv_len: int, real: Tensor | None) -> Tensor | None:
         """Once per forward pass: where the padding is. Syncs with the GPU once when there is a padding mask."""
-        self.lengths, self.real, self._rows = (q_len, kv_len), None, None
+        self.lengths, self.real, self._rows, self.query_positions = (q_len, kv_len), None, None, None
         if real is None:
             return None
         if real.shape[1] != kv_len:
@@ -192,8 +200,8 @@ class _Attachment:
         states = self.states.setdefault(layer, defaultdict(dict))
         if self.real is None:
             return self._run(module, q, k, v, scale, states[None], self.positions, q_len == 1)
-        if q_len == 1 < kv_len and "decode" not in self.method.phases:
-            self.trace.add_dense(layer, "decode", q, self.decode_pairs, missing=True)
+        if q_len == 1 < kv_len and "decode" not in self.phases:
+            self.trace.add_dense(layer, "decode", q, self.decode_pairs, "decode" not in self.method.phases)
             return dense_attention(q, k, v, scale, self.real).where(self.real[:, -1, None, None, None], 0)
         out = torch.zeros_like(q)
         for rows in self.rows:
@@ -213,14 +221,17 @@ class _Attachment:
         """A batch without padding. one_token: the whole batch decodes (a row may bring one token to a chunk of many)."""
         q_len, kv_len, layer = q.shape[2], k.shape[2], module.layer_idx
         phase = "decode" if one_token and kv_len > 1 else "prefill"
-        if phase not in self.method.phases:
-            self.trace.add_dense(layer, phase, q, q.shape[0] * visible_pairs(q_len, kv_len), missing=True)
+        if phase not in self.phases:
+            self.trace.add_dense(layer, phase, q, q.shape[0] * visible_pairs(q_len, kv_len), phase not in self.method.phases)
             return dense_attention(q, k, v, scale)
         if layer not in self.ropes:
             self.ropes[layer] = ModelRope(self.rotary, module, q.shape[-1], q.dtype)
+        queries = self.query_positions  # of a padded batch every row has its own
+        if queries is None or self.real is not None:
+            queries = self.query_positions = torch.arange(kv_len - q_len, kv_len, device=q.device)
         ctx = ModelContext(
-            layer=layer, phase=phase, scale=scale, v=v, positions=torch.arange(kv_len - q_len, kv_len, device=q.device),
-            state=state, rope=self.ropes[layer], num_layers=self.num_layers, q=q, k=k, rotary_positions=rotary_positions,
+            layer=layer, phase=phase, scale=scale, v=v, positions=queries, state=state, rope=self.ropes[layer],
+            num_layers=self.num_layers, q=q, k=k, rotary_positions=rotary_positions,
         )  # fmt: skip
         out = self.method.attend(q, k, v, ctx)
         if ctx.mask is None:
@@ -228,6 +239,18 @@ class _Attachment:
         else:
             self.trace.add(layer, phase, q, ctx.mask, resolve_impl("auto", q))
         return out
+
+
+def _is_padding(attention_mask: Any) -> bool:
+    return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
+
+
+def _refuse_call(module: nn.Module, faults: dict[str, bool], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError with the feature of a call that a method would compute wrongly, if it has one."""
+    given = {text: kwargs.get(name) is not None and kwargs[name] is not False for name, text in REFUSED.items()}
+    for feature, found in (faults | given).items():
+        if found:
+            raise ValueError(f"{type(module).__name__} cannot run a sparse method with {feature}")
 
 
 def _attention(
@@ -238,23 +261,15 @@ def _attention(
     attachment = _ATTACHED.get(id(module.config))
     if attachment is None or id(module) not in attachment.layers:
         raise ValueError(f"{type(module).__name__} runs as {NAME!r} with no method attached to its model: use attach()")
-    refused = {
-        "a 4-D attention mask (given by the caller, or for a static cache)": attention_mask is not None
-        and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2),
+    faults = {
+        "a 4-D attention mask (given by the caller, or for a static cache)": not _is_padding(attention_mask),
         "dropout in training": dropout > 0,
         "attention that is not causal": not (getattr(module, "is_causal", True) if is_causal is None else is_causal),
-        "a sliding window": kwargs.get("sliding_window") is not None,
-        "soft-capped logits (softcap)": kwargs.get("softcap") is not None,
-        "attention sinks (s_aux)": kwargs.get("s_aux") is not None,
-        "a position bias": kwargs.get("position_bias") is not None,
-        "a paged cache": kwargs.get("cache") is not None,
-        "output_attentions": bool(kwargs.get("output_attentions")),
         "keys and values of different widths": key.shape != value.shape,
         "no layer_idx on its attention": getattr(module, "layer_idx", None) is None,
     }
-    for feature, found in refused.items():
-        if found:
-            raise ValueError(f"{type(module).__name__} cannot run a sparse method with {feature}")
+    if True in faults.values() or not REFUSED.keys().isdisjoint(kwargs):
+        _refuse_call(module, faults, kwargs)
     if attachment.lengths != (query.shape[2], key.shape[2]):
         raise ValueError(
             f"{type(module).__name__} has {query.shape[2]} queries and {key.shape[2]} keys, its mask was made for "
