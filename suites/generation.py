@@ -47,7 +47,7 @@ class GenerationSuite(Suite):
     of it is the most likely one there, else 0.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("chat_template",)
+    options: ClassVar[tuple[str, ...]] = ("chat_template", "answer_in_prefill")
     default_limit = (2, 100)
     cut_middle: ClassVar[bool] = False
 

@@ -193,16 +193,17 @@ def test_an_interrupted_cell_goes_on_with_the_next_batch(model_folder, tmp_path,
         return run_bench.main([*words.split(), *more])
 
     def results(out):
-        frame = pd.read_csv(tmp_path / out / "results.csv").sort_values(["method", "example"])
-        return frame[["method", "example", "value", "density", "density_min", "prov_question_density"]].reset_index(drop=True)
+        frame = pd.read_csv(tmp_path / out / "results.csv").sort_values(["method", "example", "metric"])
+        return frame[["method", "example", "metric", "value", "density", "density_min", "prov_question_density"]].reset_index(drop=True)
 
     assert command("whole") == 0
+    assert set(results("whole")["metric"]) == {"score", "score_in_prefill"}
     stopped = Interrupted(at=4)  # two batches of dense, one of random
     monkeypatch.setattr(generation, "generate", stopped)
     assert command("halves") == 130
     (journal,) = (tmp_path / "halves" / "cells").glob("*.jsonl")
     (record,) = map(json.loads, journal.read_text().splitlines())
-    assert len(record["scores"]) == 3 and len(record["answers"]) == 3
+    assert len(record["scores"]) == 6 and len(record["answers"]) == 3
     journal.write_text(journal.read_text() + '{"scores": [')  # a kill while writing
     assert command("halves") == 0 and stopped.calls == 5
     pd.testing.assert_frame_equal(results("halves"), results("whole"))
