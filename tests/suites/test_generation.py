@@ -187,14 +187,13 @@ def test_an_interrupted_cell_goes_on_with_the_next_batch(model_folder, tmp_path,
     monkeypatch.setattr(generation, "CPU_CACHE_BYTES", 330 * 2 * 2 * 2 * 16 * 4)
 
     def command(out, *more):
-        words = (
-            f"--models {model_folder} --suites echo --methods random --ctx 128 --limit 6 --device cpu --out {tmp_path / out}"
-        )
-        return run_bench.main([*words.split(), *more])
+        words = f"--models {model_folder} --suites echo --methods random --ctx 128 --limit 6 --device cpu"
+        return run_bench.main([*words.split(), "--answer-in-prefill", "--out", str(tmp_path / out), *more])
 
     def results(out):
         frame = pd.read_csv(tmp_path / out / "results.csv").sort_values(["method", "example", "metric"])
-        return frame[["method", "example", "metric", "value", "density", "density_min", "prov_question_density"]].reset_index(drop=True)
+        columns = ["method", "example", "metric", "value", "density", "density_min", "prov_question_density"]
+        return frame[columns].reset_index(drop=True)
 
     assert command("whole") == 0
     assert set(results("whole")["metric"]) == {"score", "score_in_prefill"}
