@@ -146,12 +146,18 @@ def plan(args: argparse.Namespace) -> list[Job]:
     contexts = [parse_tokens(word) for word in _words(args.ctx)]
     densities: list[float | None] = [parse_density(word) for word in _words(args.density)] or [None]
     corpora, models = _words(args.corpus), _words(args.models)
-    for corpus in corpora:
+    for corpus in filter(None, [*corpora, args.haystack]):
         check_corpus(corpus)
+    if args.longbench_data and not Path(args.longbench_data).expanduser().is_dir():
+        raise ValueError(f"--longbench-data {args.longbench_data} is not a folder")
     for model in models:
         zoo.describe(model)
     if not (methods and contexts and suites and models and corpora):
         raise ValueError("nothing to run: --methods, --ctx, --suites, --models and --corpus each need at least one value")
+    if args.stride and args.stride > min(contexts):
+        raise ValueError(
+            f"--stride {args.stride} is larger than the context of {min(contexts)} tokens: it would leave text out"
+        )
     if args.versus and args.versus not in [name for m in methods for name in (m.name, label(m))]:
         raise ValueError(f"--versus {args.versus} is none of --methods: {', '.join(label(m) for m in methods)}")
     baseline = [] if any(m.name == "dense" for m in methods) else [METHODS["dense"]()]
@@ -171,6 +177,8 @@ def choose_tasks(suite: str, corpora: list[str], asked: list[str], suites: list[
     own = SUITES[suite].tasks
     known = [task for name in suites for task in SUITES[name].tasks]
     for task in asked:
+        if not known:
+            raise ValueError(f"--tasks is of ruler, longbench and longbench2, none of which is in --suites {','.join(suites)}")
         if task not in known:
             raise ValueError(f"unknown task {task!r}; {nearest(task, known)}")
     if not SUITES[suite].needs_model:

@@ -128,6 +128,9 @@ def revision(name: str) -> str:
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for file in sorted(source.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    for pattern in ("*token*", "chat_template*", "vocab*", "merges*"):  # what a prompt becomes
+        for file in sorted(filter(Path.is_file, source.glob(pattern))):
+            digest.update(file.name.encode() + file.read_bytes())
     return f"local-{digest.hexdigest()[:12]}"
 
 

@@ -68,9 +68,11 @@ class GenerationSuite(Suite):
         digest = hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16]
         self.notes |= {"examples": len(chosen), "text_sha256": digest, "chat_template": bool(cell.option("chat_template"))}
         with tqdm(total=len(chosen), desc=f"{cell.task} {cell.ctx_len}", leave=False) as bar:
-            for batch in _batches(model, chosen, prompts):
-                bar.update(len(batch))
-                if all(example.id in self.finished for example in batch):  # the batches of an interrupted run were the same
+            for whole in _batches(model, chosen, prompts):
+                bar.update(len(whole))
+                # An interrupted run had the same batches, but for one on a GPU of another size.
+                batch = [example for example in whole if example.id not in self.finished]
+                if not batch:
                     continue
                 answers = generate(model, cell.ctx_len, [prompts[e.id] for e in batch], batch[0].max_new_tokens)
                 for example, answer in zip(batch, answers):
@@ -174,7 +176,8 @@ def generate(model: Any, ctx_len: int, prompts: list[str], max_new_tokens: int) 
     """Greedy answers to one batch of prompts, without what follows the end-of-text token."""
     from lm_eval.api.instance import Instance
 
-    settings = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False}
+    # Checkpoints may bring a repetition penalty (Qwen2.5 does), which the prompt's words, needles among them, would bear too.
+    settings = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False, "repetition_penalty": 1.0}
     requests = [
         Instance(request_type="generate_until", doc={}, arguments=(prompt, settings), idx=number)
         for number, prompt in enumerate(prompts)

@@ -142,6 +142,13 @@ def check_refused(bench, words, message, *more):
         ("--corpus ,", "nothing to run"),
         ("--corpus pg20", "unknown corpus 'pg20'"),
         ("--corpus file:missing.txt", "no such corpus file"),
+        ("--suites ruler --tasks niah_singel_1", "unknown task 'niah_singel_1'; did you mean niah_single_1"),
+        ("--suites ruler,longbench --tasks niah_single_1", "--tasks names none of longbench"),
+        ("--suites perplexity --tasks niah_single_1", "--tasks is of ruler, longbench and longbench2"),
+        ("--suites ruler --haystack file:missing.txt", "no such corpus file"),
+        ("--suites longbench --longbench-data missing", "--longbench-data missing is not a folder"),
+        ("--ctx 256,1k --stride 512", "--stride 512 is larger than the context of 256 tokens"),
+        ("--methods a_shape --versus seer", "--versus seer is none of --methods: a_shape"),
         ("--plugin missing.py", "no such plug-in file"),
     ],
 )

@@ -81,9 +81,11 @@ def test_local_folder(folder):
     assert loaded.revision == zoo.revision(str(folder)) and loaded.revision.startswith("local-")
 
 
-def test_another_local_folder_has_another_revision(folder):
-    before = zoo.revision(str(folder))
-    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_another_local_folder_has_another_revision(folder, name):
+    before, file = zoo.revision(str(folder)), folder / name
+    assert zoo.revision(str(folder)) == before
+    file.write_text((file.read_text() if file.exists() else "") + " ")
     assert zoo.revision(str(folder)) != before
 
 

@@ -64,6 +64,14 @@ def test_answers_of_a_batch_are_those_of_greedy_decoding_alone(loaded):
         assert suite.answers[example.id] == loaded.tokenizer.decode(new, skip_special_tokens=True), example.id
 
 
+def test_a_repetition_penalty_of_the_checkpoint_does_not_count(loaded, monkeypatch):
+    prompts = ["abc def gh so is the", "hgfe so"]
+    with attach(loaded.model, METHODS["dense"]()):
+        expected = generate(loaded, 128, prompts, 12)
+        monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.8)
+        assert generate(loaded, 128, prompts, 12) == expected
+
+
 def test_notes_tell_what_was_asked_and_how_the_question_was_read(loaded):
     suite = Echo()
     _, trace = run(suite, loaded, cell(limit=2))
@@ -209,6 +217,19 @@ def test_an_interrupted_cell_goes_on_with_the_next_batch(model_folder, tmp_path,
     assert not list((tmp_path / "halves" / "cells").glob("*.jsonl"))
     answers = [(tmp_path / out / "answers" / f"{journal.stem}.jsonl").read_text() for out in ("halves", "whole")]
     assert answers[0] == answers[1] and len(answers[0].splitlines()) == 6
+
+
+def test_an_interrupted_cell_goes_on_where_batches_are_larger(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "echo", Echo)
+    monkeypatch.setattr(generation, "CPU_CACHE_BYTES", 330 * 2 * 2 * 2 * 16 * 4)
+    words = f"--models {model_folder} --suites echo --methods random --ctx 128 --limit 6 --device cpu --out {tmp_path / 'out'}"
+    stopped = Interrupted(at=2)
+    monkeypatch.setattr(generation, "generate", stopped)
+    assert run_bench.main(words.split()) == 130
+    monkeypatch.setattr(generation, "CPU_CACHE_BYTES", 2**30)
+    assert run_bench.main(words.split()) == 0 and stopped.calls == 4
+    rows = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert rows.groupby("method")["example"].apply(sorted).map(list).tolist() == [list(range(6))] * 2
 
 
 def test_other_code_starts_an_interrupted_cell_anew(model_folder, tmp_path, monkeypatch):
