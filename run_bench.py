@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from sparsebench.methods import METHODS, Method
-from sparsebench.methods.spec import build, label, load_plugin, nearest, parse_methods, parse_tokens
+from sparsebench.methods.spec import build, label, load_plugin, nearest, parse_density, parse_methods, parse_tokens, words_of
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import calibrate, calibration_facts, capture_layers
@@ -139,13 +138,13 @@ def plan(args: argparse.Namespace) -> list[Job]:
         cached.cache_clear()  # files may have changed since an earlier command of this process
     plugin = load_plugin(args.plugin) if args.plugin else set()
     methods = parse_methods(" ".join(args.methods))
-    suites = _words(args.suites)
+    suites = words_of(args.suites)
     for name in suites:
         if name not in SUITES:
             raise ValueError(f"unknown suite {name!r}; {nearest(name, SUITES)}")
-    contexts = [parse_tokens(word) for word in _words(args.ctx)]
-    densities: list[float | None] = [parse_density(word) for word in _words(args.density)] or [None]
-    corpora, models = _words(args.corpus), _words(args.models)
+    contexts = [parse_tokens(word) for word in words_of(args.ctx)]
+    densities: list[float | None] = [parse_density(word) for word in words_of(args.density)] or [None]
+    corpora, models = words_of(args.corpus), words_of(args.models)
     for corpus in filter(None, [*corpora, args.haystack]):
         check_corpus(corpus)
     if args.longbench_data and not Path(args.longbench_data).expanduser().is_dir():
@@ -161,7 +160,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if args.versus and args.versus not in [name for m in methods for name in (m.name, label(m))]:
         raise ValueError(f"--versus {args.versus} is none of --methods: {', '.join(label(m) for m in methods)}")
     baseline = [] if any(m.name == "dense" for m in methods) else [METHODS["dense"]()]
-    tasks = {suite: choose_tasks(suite, corpora, _words(args.tasks), suites) for suite in suites}
+    tasks = {suite: choose_tasks(suite, corpora, words_of(args.tasks), suites) for suite in suites}
     jobs = []
     for suite, model in _runs(suites, models):
         for task in tasks[suite]:
@@ -349,20 +348,6 @@ def calibrated(
 @functools.lru_cache(maxsize=1)
 def captured(model: tuple[str, str, str], text: Text) -> list:
     return [layer for ids in text for layer in capture_layers(load_model(*model).model, list(ids))]
-
-
-def parse_density(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise ValueError(f"--density takes numbers in (0, 1], got {word!r}")
-    return value
-
-
-def _words(parts: list[str]) -> list[str]:
-    return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", " ".join(parts)))))
 
 
 def file_digests(method: Method, model: str) -> dict[str, str]:

@@ -21,6 +21,22 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
+def words_of(parts: list[str]) -> list[str]:
+    """The words of command-line arguments, separated by commas or spaces, each once."""
+    return list(dict.fromkeys(filter(None, re.split(r"[,\s]+", " ".join(parts)))))
+
+
+def parse_density(word: str) -> float:
+    """A target density. Raises: ValueError outside (0, 1]."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"--density takes numbers in (0, 1], got {word!r}")
+    return value
+
+
 def parse_tokens(text: str) -> int:
     """A length in tokens: "512", "8k" = 8192, "1m". Raises: ValueError for anything else."""
     match = re.fullmatch(r"(\d+)([km]?)", text.lower())

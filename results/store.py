@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -99,7 +98,8 @@ class Store:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
         low, high = density_range or (None, None)
         scores = list(scores) if status == "ok" else []
-        if status == "ok" and (fault := _fault(scores, (density, low, high))):
+        fault = _fault(scores, (density, low, high)) if status == "ok" else ""
+        if fault:
             status, reason, scores, density, low, high = "failed", fault, [], None, None, None
         common = {f"prov_{name}": value for name, value in _flat(provenance).items()}
         common |= {"key": cell.key, **asdict(cell), "density_target": cell.density, "cell_task": cell.task}
@@ -111,7 +111,7 @@ class Store:
         frame.to_parquet(temporary, index=False)
         os.replace(temporary, path)
         self._written.add(cell.key)
-        if status == "ok":
+        if status == "ok" or fault:  # a fault of the scores would come back with them
             self._journal(cell).unlink(missing_ok=True)
         return status, reason
 
@@ -126,13 +126,13 @@ class Store:
         path = self._journal(cell)
         if not path.exists():
             return []
-        records = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
-                records.append(json.loads(line))
+        *lines, cut_short = path.read_text().split("\n")
+        records = [json.loads(line) for line in lines]
         if self.overwrite or any(record["source"] != source for record in records):
             path.unlink()
             return []
+        if cut_short:  # by a kill; the next record would be written behind it
+            write_atomically(path, "".join(f"{line}\n" for line in lines))
         return records
 
     def write_answers(self, cell: Cell, answers: Mapping[str, str]) -> None:

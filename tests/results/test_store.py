@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -261,3 +262,32 @@ def test_kill_in_the_middle_leaves_only_whole_cells_and_no_lock(tmp_path):
         assert not list(cells.glob(".*.tmp"))
     assert rows["key"].nunique() >= 20
     assert set(rows.groupby("key").size()) == {300} and set(rows["status"]) == {"ok"}
+
+
+def test_a_record_cut_short_by_a_kill_does_not_swallow_the_next(tmp_path):
+    with Store(tmp_path) as store:
+        store.checkpoint(CELL, "code", {"number": 1})
+    (journal,) = tmp_path.glob("cells/*.jsonl")
+    journal.write_text(journal.read_text() + '{"source": "co')
+    with Store(tmp_path) as store:
+        assert [record["number"] for record in store.checkpoints(CELL, "code")] == [1]
+        store.checkpoint(CELL, "code", {"number": 2})
+    with Store(tmp_path) as store:
+        assert [record["number"] for record in store.checkpoints(CELL, "code")] == [1, 2]
+
+
+def test_records_are_kept_for_another_try_unless_their_scores_are_at_fault(tmp_path):
+    with Store(tmp_path) as store:
+        store.checkpoint(CELL, "code", {"number": 1})
+        store.write(CELL, [], {}, status="failed", reason="out of memory")
+        assert store.checkpoints(CELL, "code")
+        store.write(CELL, [Score("pydoc", "a", "nll", math.nan, "nats")], {})
+        assert not store.checkpoints(CELL, "code")
+
+
+def test_records_of_other_code_or_to_be_overwritten_are_dropped(tmp_path):
+    for overwrite, source in ((False, "other"), (True, "code")):
+        with Store(tmp_path) as store:
+            store.checkpoint(CELL, "code", {"number": 1})
+        with Store(tmp_path, overwrite=overwrite) as store:
+            assert store.checkpoints(CELL, source) == [] and not list(tmp_path.glob("cells/*.jsonl"))
