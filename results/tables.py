@@ -143,16 +143,19 @@ def _means(records: list[dict[str, Any]], inputs: str) -> Iterator[dict[str, Any
 
 
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with the columns `label`, `note` and `question` of its provenance and with `options`; without a label the method
-    with all its params."""
-    texts = {name: frame.get(f"prov_{name}", pd.Series(index=frame.index, dtype=object)) for name in (*TEXT, "question")}
+    """`frame` with the columns `label`, `note` and `question` (where there are answers) of its provenance and with `options`;
+    without a label the method with all its params. `inputs` becomes the digest of the text that was read, where the suite kept
+    one: a data set or a chat template may change under the same name."""
+    names = (*TEXT, "question", "text_sha256")
+    texts = {name: frame.get(f"prov_{name}", pd.Series(index=frame.index, dtype=object)) for name in names}
     pairs = pd.Series(list(zip(frame["method"], frame["params"])), frame.index, dtype=object)
     spelt = pairs.map({pair: f"{pair[0]}({spell(pair[1])})".removesuffix("()") for pair in pairs.unique()})
     options = frame["options"] if "options" in frame else pd.Series("{}", frame.index, dtype=object)
     return frame.assign(
         label=texts["label"].where(texts["label"].notna(), spelt.astype(object)),
         note=texts["note"].fillna(""),
-        question=texts["question"].fillna(""),
+        question=texts["question"].where(frame["suite"].isin(TASKS), "").fillna(""),
+        inputs=texts["text_sha256"].where(texts["text_sha256"].notna(), frame["inputs"]),
         options=options.fillna("").replace("", "{}"),
     )
 
@@ -287,7 +290,7 @@ def ctx_name(tokens: int) -> str:
 def varying(table: pd.DataFrame) -> list[str]:
     """The settings that a reader must be told. Of `inputs` that is so only where two texts have one name."""
     several = [name for name in SETTINGS if table[name].nunique(dropna=False) > 1]
-    return [name for name in several if name != "inputs" or table.groupby("task")[name].nunique().max() > 1]
+    return [name for name in several if name != "inputs" or table.groupby(["task", "ctx_len"])[name].nunique().max() > 1]
 
 
 def metric_name(metric: str, suite: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from .tables import ROW, SETTINGS, TIMED, ctx_name, labelled, metric_name, overv
 
 tabulate.MIN_PADDING = 0  # as narrow as their cells: the tables fit 120 columns
 WIDTH = 120
+LONGEST_REASON = 200  # characters; results.csv has the whole text
 ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 DECIDED = ("worse", "same", "better")
 SIGNS = {"better": "+", "same": "=", "worse": "-"}
@@ -51,9 +53,10 @@ def compact_means(group: pd.DataFrame, versus: str | None = None) -> tuple[str, 
     with the mean's interval; where even the marks are too wide, with their signs."""
     title = [" ".join(filter(None, group[["suite", "task"]].iloc[0])), group["model"].iloc[0], "means over tasks"]
     title += [] if versus is None else [f"difference to {versus}"]
-    extra, parts = _extra(group), [part for _, part in group.groupby([*ROW, *SETTINGS], sort=False, dropna=False)]
+    most, extra = group["tasks"].max(), _extra(group)
+    parts = [part for _, part in group.groupby([*ROW, *SETTINGS], sort=False, dropna=False)]
     for detail in (2, 1, 0):
-        table = pd.DataFrame([_means_row(part, extra, detail, versus) for part in parts]).fillna("")
+        table = pd.DataFrame([_means_row(part, extra, detail, versus, most) for part in parts]).fillna("")
         contexts = [name for name in map(ctx_name, sorted(set(group["ctx_len"]) - {0})) if name in table]
         late = [name for name in ("wavg inc", "wavg dec", "effective") if name in table]
         table = table[[name for name in table if name not in (*contexts, *late)] + contexts + late]
@@ -61,10 +64,11 @@ def compact_means(group: pd.DataFrame, versus: str | None = None) -> tuple[str, 
             break
     mark = "mark" if versus is None else "mark_versus"
     signs = [] if detail or not group[mark].isin(DECIDED).any() else [f"+ = - better, same, worse than {versus or 'dense'}"]
+    signs += ["* over fewer tasks"] if group.groupby("metric")["tasks"].nunique().max() > 1 else []
     return _titled([*title, *signs], table, ["tasks", "question"], group)
 
 
-def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | None) -> dict[str, str]:
+def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | None, most: int) -> dict[str, str]:
     records = {(record["metric"], record["ctx_len"]): record for record in part.to_dict("records")}
     means = {ctx_len: record for (metric, ctx_len), record in sorted(records.items()) if metric == "mean"}
     first = next(iter(means.values()))
@@ -78,7 +82,8 @@ def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | 
         value, mark = _with_interval(record["value"], low, high, ".1f"), record["mark"]
         if versus is not None:
             value, mark = _number(record["diff_versus"], "+.1f"), record["mark_versus"]
-        row[name] = f"{value} {mark}".strip() if fine else value + SIGNS.get(mark, "")
+        fewer = "*" if record["tasks"] < most else ""
+        row[name] = f"{value}{fewer} {mark}".strip() if fine else value + fewer + SIGNS.get(mark, "")
     if versus is None and ("effective_length", 0) in records:
         row["effective"] = _effective(records["effective_length", 0]["value"], list(means))
     return row
@@ -232,5 +237,6 @@ def problems(frame: pd.DataFrame) -> list[str]:
     for _, group in rows.groupby(["status", "suite", "ctx_len", "reason"]):
         first = group.iloc[0]
         methods = ", ".join(sorted(set(group["label"])))
-        lines.append(f"{first['suite']} {ctx_name(first['ctx_len'])} {first['status']}: {first['reason']} ({methods})")
+        reason = textwrap.shorten(first["reason"], LONGEST_REASON, placeholder=" ...")
+        lines.append(f"{first['suite']} {ctx_name(first['ctx_len'])} {first['status']}: {reason} ({methods})")
     return lines

@@ -155,3 +155,11 @@ def test_many_lengths_fit_a_terminal(results):
 def test_no_suite_of_many_tasks(results):
     results.add("dense", "perplexity", "pydoc", 2048, {"nll": [1.0], "tokens": [1.0]})
     assert overview(results.frame()).empty and overview(results.frame().iloc[:0]).empty
+
+
+def test_a_mean_over_fewer_tasks_is_marked(results):
+    for task in ("vt", "cwe"):
+        results.add("dense", "ruler", task, 4096, {"score": [100.0] * 4})
+    results.add("dense", "ruler", "vt", 8192, {"score": [40.0] * 4})
+    title, _, _, line = print_table(results.frame()).splitlines()[:4]
+    assert "* over fewer tasks" in title and "40.0*" in line.replace(" [40.0, 40.0]", "") and "100.0*" not in line

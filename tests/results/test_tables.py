@@ -246,3 +246,10 @@ def test_notes_stand_below_the_tables_once(store):
         store.write(cell, nll({"a": (21.0, 10)}), {"label": "seer", "note": "the nearest is 0.3"}, density=0.3)
     text = print_table(store.frame())
     assert text.count("note: ") == text.count("note: seer: the nearest is 0.3") == 1
+
+
+def test_rows_that_read_other_texts_are_not_compared(results):
+    for method, text in (("dense", "monday"), ("seer", "monday"), ("random", "tuesday")):
+        results.add(method, "ruler", "vt", 4096, {"score": [50.0] * 6}, facts={"text_sha256": text})
+    table = summary(results.frame()).set_index("method")
+    assert table.loc["seer", "diff"] == 0 and pd.isna(table.loc["random", "diff"])
