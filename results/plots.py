@@ -92,13 +92,14 @@ def quality_plots(points: pd.DataFrame, folder: str | Path) -> list[Path]:
             path = Path(folder) / f"{name}.png"
             for number in range(2, len(paths) + 2):  # the same names with other settings
                 path = path if path not in paths else path.with_name(f"{name}-{number}.png")
-            write_atomically(path, _png(group, cost))
+            alike = group[group["tasks"].isna() | (group["tasks"] == group["tasks"].max())]  # a mean of fewer tasks is another
+            write_atomically(path, _png(alike, cost))
             paths.append(path)
     return paths
 
 
 def _png(group: pd.DataFrame, cost: str) -> bytes:
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.add_subplot()
     first = group.iloc[0]
     for _, row in group[group["method"] == "dense"].head(1).iterrows():
@@ -122,7 +123,7 @@ def _png(group: pd.DataFrame, cost: str) -> bytes:
     what = " ".join(filter(None, [first["suite"] if not perplexity else "", first["task"]]))
     axes.set_title(f"{first['model']}: {what}, {ctx_name(first['ctx_len'])} tokens, {first['dtype']}", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=8, loc="outside right upper")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130)
     return stream.getvalue()
