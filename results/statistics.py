@@ -136,7 +136,7 @@ def sign_flip_p(differences: np.ndarray) -> float:
     the other sign, and the sum of differences is compared with the sums under such flips.
 
     Exact for differences of one size (right against wrong answers: McNemar's exact test) and for up to 10 that are not 0;
-    otherwise from RESAMPLES random flips with a fixed seed, never below 1 / (RESAMPLES + 1).
+    otherwise from RESAMPLES random flips with a fixed seed, never below 2 / (RESAMPLES + 1).
     """
     return _sign_flip_p(np.asarray(differences, float).tobytes())
 

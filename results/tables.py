@@ -72,9 +72,8 @@ def summary(frame: pd.DataFrame, versus: str | None = None) -> pd.DataFrame:
         raise ValueError(f"no finished results of {versus!r} to compare with; there are {', '.join(sorted(known))}")
     table = _table(rows, SUMMARY, versus)
     order = table.assign(sparse=table["method"] != "dense")
-    return table.loc[
-        order.sort_values(["suite", "model", "task", "ctx_len", "sparse", "label", "density"], kind="stable").index
-    ]
+    by = ["suite", "model", "task", "ctx_len", "sparse", "label", "density_target", "density"]
+    return table.loc[order.sort_values(by, kind="stable").index]
 
 
 def overview(frame: pd.DataFrame, versus: str | None = None) -> pd.DataFrame:

@@ -100,7 +100,8 @@ def compact(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.Dat
     """(title with what all rows share, the rows as text) of one suite and model in summary(): a row per cell and
     task, a column per metric, "value [95 % interval]", and for the first metric the ratio (of a %, the difference) to dense
     and the mark, where any row of the table has enough examples for one. Of an accuracy's table that is too wide, first the
-    interval of the difference is left out, then the parts of the score."""
+    interval of the difference is left out, then the parts of the score; of another, first the intervals of all metrics but
+    the first, then the interval of the ratio."""
     extra, tasks = _extra(group), _short_tasks(group["task"].unique())
     marked = bool(group["mark"].isin(DECIDED).any())
     cells = [cell for _, cell in group.groupby(["key", "task"], sort=False)]
@@ -142,7 +143,7 @@ def _metric_columns(cell: pd.DataFrame, marked: bool, detail: int, versus: str |
         low, high = (main["diff_low"], main["diff_high"]) if detail == 2 else (None, None)
         columns["vs dense"] = "" if pd.isna(main["p_dense"]) else _with_interval(main["diff"], low, high, "+.1f")
     elif not percent and pd.notna(main["vs_dense"]):
-        columns["vs dense"] = _with_interval(main["vs_dense"], main["vs_low"], main["vs_high"])
+        columns["vs dense"] = _with_interval(main["vs_dense"], main["vs_low"] if detail else None, main["vs_high"])
     if marked:
         columns["mark"] = main["mark"]
     if versus is not None and pd.notna(main["diff_versus"]):
@@ -150,7 +151,7 @@ def _metric_columns(cell: pd.DataFrame, marked: bool, detail: int, versus: str |
     for record in records[1:]:
         name = metric_name(record["metric"], record["suite"]) or record["metric"]
         if not percent:
-            columns[name] = _value(record)
+            columns[name] = _value(record if detail == 2 else record | {"low": None})
         elif detail:  # the parts of a score, or the same in another scale
             columns[name.removesuffix("_score").removeprefix("score_")] = _value(record | {"low": None})
     return columns
@@ -202,9 +203,21 @@ def _with_interval(value: float, low: float | None, high: float | None, style: s
 
 
 def notes(table: pd.DataFrame) -> list[str]:
-    """A line for every method and note: what a reader of its rows must know (an unreached density, an untuned setting)."""
-    said = table[table["note"] != ""].drop_duplicates(["label", "note"])
-    return [f"note: {label}: {note}" for label, note in zip(said["label"], said["note"])]
+    """A line for every method and note: what a reader of its rows must know (an unreached density, an untuned setting), and
+    of which rows, where the method has others."""
+    lines = []
+    for (label, note), rows in table[table["note"] != ""].groupby(["label", "note"], sort=False):
+        everywhere = rows["key"].nunique() == table.loc[table["label"] == label, "key"].nunique()
+        lines.append(f"note: {label}: {note}" + ("" if everywhere else f" ({_places(rows)})"))
+    return lines
+
+
+def _places(rows: pd.DataFrame) -> str:
+    """ "ruler vt 4k 8k, perplexity pydoc 4k"."""
+    lengths: dict[str, set[int]] = {}
+    for suite, task, ctx_len in zip(rows["suite"], rows["task"], rows["ctx_len"]):
+        lengths.setdefault(f"{suite} {task}", set()).add(ctx_len)
+    return ", ".join(" ".join([place, *map(ctx_name, sorted(found))]) for place, found in lengths.items())
 
 
 def alarms(table: pd.DataFrame, means: pd.DataFrame) -> list[str]:
@@ -224,19 +237,25 @@ def alarms(table: pd.DataFrame, means: pd.DataFrame) -> list[str]:
             chance = f"p = {r['p_dense']:.2g}" if r["mark"] in DECIDED else f"n = {r['n']:.0f} gives no p-value"
             lines.append(f"check: {r['label']} beats dense in {r['metric']}, {place} ({size}), {chance}")
     if made := int(table["mark"].isin(DECIDED).sum()):
-        chance = f"about {LEVEL * made:.1f} would say worse or better if nothing differed"
+        chance = f"at most about {LEVEL * made:.1f} would say worse or better if nothing differed"
         lines.append(f"marks: {made} comparisons with dense at p < {LEVEL}: {chance}")
     return lines
 
 
 def problems(frame: pd.DataFrame) -> list[str]:
-    """A line per suite, context and reason: "perplexity 32k skipped: the model's limit is 8192 tokens (seer, minference)"."""
+    """A line per suite, context and reason: "perplexity 32k skipped: the model's limit is 8192 tokens (seer, minference)".
+    Tasks are named where not all of that suite and context are meant, targets where there are any."""
+    planned = frame.groupby(["suite", "ctx_len"])["task"].unique()
     rows = labelled(frame[frame["status"] != "ok"])
     rows = rows.assign(reason=rows["reason"].str.strip().str.split("\n").str[0].fillna(""))
     lines = []
     for _, group in rows.groupby(["status", "suite", "ctx_len", "reason"]):
         first = group.iloc[0]
-        methods = ", ".join(sorted(set(group["label"])))
+        tasks = sorted(set(group["task"]))
+        named = [] if len(tasks) == len(planned[first["suite"], first["ctx_len"]]) else [", ".join(tasks)]
+        place = " ".join([first["suite"], *named, ctx_name(first["ctx_len"])])
+        targets = group["density_target"].map(lambda target: "" if pd.isna(target) else f" at {target:g}")
+        methods = ", ".join(sorted(set(group["label"] + targets)))
         reason = textwrap.shorten(first["reason"], LONGEST_REASON, placeholder=" ...")
-        lines.append(f"{first['suite']} {ctx_name(first['ctx_len'])} {first['status']}: {reason} ({methods})")
+        lines.append(f"{place} {first['status']}: {reason} ({methods})")
     return lines

@@ -253,3 +253,40 @@ def test_rows_that_read_other_texts_are_not_compared(results):
         results.add(method, "ruler", "vt", 4096, {"score": [50.0] * 6}, facts={"text_sha256": text})
     table = summary(results.frame()).set_index("method")
     assert table.loc["seer", "diff"] == 0 and pd.isna(table.loc["random", "diff"])
+
+
+def test_a_note_names_its_rows_where_the_method_has_others(results):
+    for task, ctx_len, note in (("vt", 2048, "far"), ("vt", 4096, "far"), ("cwe", 2048, "far"), ("cwe", 4096, "")):
+        results.add("seer", "ruler", task, ctx_len, {"score": [50.0] * 6}, facts={"note": note})
+        results.add("random", "ruler", task, ctx_len, {"score": [50.0] * 6}, facts={"note": "the floor"})
+    said = [line for line in print_table(results.frame()).splitlines() if line.startswith("note: ")]
+    assert said == ["note: random: the floor", "note: seer: far (ruler cwe 2k, ruler vt 2k 4k)"]
+
+
+def test_a_failure_names_its_task_and_target_where_others_went_well(results, store):
+    for task in ("vt", "cwe"):
+        results.add("dense", "ruler", task, 8192, {"score": [50.0] * 6})
+    for target in (0.1, 0.25):
+        cell = dataclasses.replace(SEER, suite="ruler", task="vt", ctx_len=8192, density=target)
+        store.write(cell, [], {"label": "seer"}, status="failed", reason="out of memory")
+    frame = pd.concat([results.frame(), store.frame()], ignore_index=True)
+    assert print_table(frame).splitlines()[-1] == "ruler vt 8k failed: out of memory (seer at 0.1, seer at 0.25)"
+
+
+def test_a_perplexity_table_of_many_columns_fits_a_terminal(store):
+    """Intervals of the other metrics go first, then that of the ratio; the mark and the perplexity's own stay."""
+    for task, count in (("file:books-parts.jsonl", 12), ("file:proofs-parts.jsonl", 10)):
+        for cell, loss in ((DENSE, 3.4), (dataclasses.replace(SEER, density=0.25), 3.5)):
+            documents = {str(i): ((loss + i / 9) * 1000, 1000) for i in range(count)}
+            rows = [dataclasses.replace(score, task=task) for score in nll(documents) + nll(documents, "_last256")]
+            store.write(dataclasses.replace(cell, task=task), rows, {"label": "oracle(threshold=0.001)"}, density=0.12345)
+    text = print_table(store.frame())
+    assert max(map(len, text.splitlines())) <= 120, text
+    assert text.count("worse") == 3 and text.count("[") == 4  # a mark a row and the line about them; an interval a row
+
+
+def test_rows_of_a_method_stand_in_the_order_of_their_targets(store):
+    for target in (0.25, 0.1, 0.5):
+        cell = dataclasses.replace(SEER, density=target)
+        store.write(cell, nll({"a": (20.0, 10)}), {"label": "seer"}, density=0.5 - target / 10)
+    assert summary(store.frame())["density_target"].tolist() == [0.1, 0.25, 0.5]
