@@ -16,27 +16,12 @@ from .statistics import FEWEST, LEVEL, Mixture, Ratio, compare, interval
 
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
 BASELINES = (*DENSE_KERNELS, "flex", "sdpa")
-TIMED = (
-    "speed",
-    "latency",
-)  # suites of times and sizes: percentiles instead of intervals, no comparison with dense as a method
-TASKS = {
-    "ruler": 13,
-    "longbench": 21,
-    "longbench e": 13,
-    "longbench2": 1,
-}  # suites whose tasks are averaged: how many they have
+TIMED = ("speed", "latency")  # suites of times and sizes: percentiles, no intervals, no comparison with dense as a method
+TASKS = {"ruler": 13, "longbench": 21, "longbench e": 13, "longbench2": 1}  # suites whose tasks are averaged: how many
 EFFECTIVE = 85.6  # %, of Llama-2-7b-chat at 4k tokens: RULER's threshold (Hsieh et al. 2024, arXiv 2404.06654, section 4)
 ROW = ["model", "revision", "method", "params", "density_target"]  # what makes a row of the leaderboard
 TEXT = ["label", "note"]  # what is said about it
-SETTINGS = [
-    "limit",
-    "seed",
-    "dtype",
-    "device",
-    "options",
-    "inputs",
-]  # named in a column only where a suite was run with several
+SETTINGS = ["limit", "seed", "dtype", "device", "options", "inputs"]  # in a column's name only where there are several
 PLACE = ["suite", "task", "ctx_len"]
 STATS = ["n", "se", "low", "high", "vs_dense", "vs_low", "vs_high", "diff", "diff_low", "diff_high", "p_dense", "mark"]
 VERSUS = ["diff_versus", "p_versus", "mark_versus"]
