@@ -24,6 +24,10 @@ REFUSED = {  # keywords of transformers' attention functions
     "sliding_window": "a sliding window", "softcap": "soft-capped logits (softcap)", "s_aux": "attention sinks (s_aux)",
     "position_bias": "a position bias", "cache": "a paged cache", "output_attentions": "output_attentions",
 }  # fmt: skip
+FAULTS = (  # of a call of _attention, in the order in which it looks for them
+    "a 4-D attention mask (given by the caller, or for a static cache)", "dropout in training", "attention that is not causal",
+    "keys and values of different widths", "no layer_idx on its attention",
+)  # fmt: skip
 _ATTACHED: dict[int, _Attachment] = {}  # id of a config -> who is attached to the model that owns it
 
 
@@ -243,14 +247,10 @@ class _Attachment:
         return out
 
 
-def _is_padding(attention_mask: Any) -> bool:
-    return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
-
-
-def _refuse_call(module: nn.Module, faults: dict[str, bool], kwargs: dict[str, Any]) -> None:
+def _refuse_call(module: nn.Module, faults: tuple[bool, ...], kwargs: dict[str, Any]) -> None:
     """Raise ValueError with the feature of a call that a method would compute wrongly, if it has one."""
-    given = {text: kwargs.get(name) is not None and kwargs[name] is not False for name, text in REFUSED.items()}
-    for feature, found in (faults | given).items():
+    given = [kwargs.get(name) is not None and kwargs[name] is not False for name in REFUSED]
+    for feature, found in zip((*FAULTS, *REFUSED.values()), (*faults, *given), strict=True):
         if found:
             raise ValueError(f"{type(module).__name__} cannot run a sparse method with {feature}")
 
@@ -259,25 +259,30 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: q, k, v [B, H or H_kv, len, D] -> [B, q_len, H, D] and no weights."""
+    """transformers' attention function: q, k, v [B, H or H_kv, len, D] -> [B, q_len, H, D] and no weights.
+
+    Called once a layer: on a GPU that waits for the host, every microsecond here is the method's time to first token.
+    """
     attachment = _ATTACHED.get(id(module.config))
     if attachment is None or id(module) not in attachment.layers:
         raise ValueError(f"{type(module).__name__} runs as {NAME!r} with no method attached to its model: use attach()")
-    faults = {
-        "a 4-D attention mask (given by the caller, or for a static cache)": not _is_padding(attention_mask),
-        "dropout in training": dropout > 0,
-        "attention that is not causal": not (getattr(module, "is_causal", True) if is_causal is None else is_causal),
-        "keys and values of different widths": key.shape != value.shape,
-        "no layer_idx on its attention": getattr(module, "layer_idx", None) is None,
-    }
-    if True in faults.values() or not REFUSED.keys().isdisjoint(kwargs):
+    shape = key.shape
+    faults = (
+        attention_mask is not None and attention_mask.ndim != 2,
+        dropout > 0,
+        not (getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        shape != value.shape,
+        getattr(module, "layer_idx", None) is None,
+    )
+    if True in faults or not REFUSED.keys().isdisjoint(kwargs):
         _refuse_call(module, faults, kwargs)
-    if attachment.lengths != (query.shape[2], key.shape[2]):
+    q_len, dim = query.shape[2:]
+    if attachment.lengths != (q_len, shape[2]):
         raise ValueError(
-            f"{type(module).__name__} has {query.shape[2]} queries and {key.shape[2]} keys, its mask was made for "
-            f"{attachment.lengths}: static or shared caches and masks made outside transformers.masking_utils are not supported"
+            f"{type(module).__name__} has {q_len} queries and {shape[2]} keys, its mask was made for {attachment.lengths}: "
+            "static or shared caches and masks made outside transformers.masking_utils are not supported"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = dim**-0.5 if scaling is None else scaling
     out = attachment.attend(module, query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
 
