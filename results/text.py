@@ -203,12 +203,21 @@ def _with_interval(value: float, low: float | None, high: float | None, style: s
 
 
 def notes(table: pd.DataFrame) -> list[str]:
-    """A line for every method and note: what a reader of its rows must know (an unreached density, an untuned setting), and
-    of which rows, where the method has others."""
+    """A line for every method: what a reader of its rows must know (an unreached density, an untuned setting), and of which
+    rows, where the method has others. Of remarks that differ in their numbers only, the first; the CSVs have all."""
     lines = []
-    for (label, note), rows in table[table["note"] != ""].groupby(["label", "note"], sort=False):
-        everywhere = rows["key"].nunique() == table.loc[table["label"] == label, "key"].nunique()
-        lines.append(f"note: {label}: {note}" + ("" if everywhere else f" ({_places(rows)})"))
+    for label, rows in table.groupby("label", sort=False):
+        remarks = rows.assign(remark=rows["note"].str.split("; ")).explode("remark")
+        remarks = remarks[remarks["remark"].fillna("") != ""]
+        said = []
+        for _, alike in remarks.groupby(remarks["remark"].str.replace(r"\d[\d.e+-]*", "#", regex=True), sort=False):
+            first = alike[alike["remark"] == alike["remark"].iloc[0]]
+            others = alike["key"].nunique() - first["key"].nunique()
+            places = [] if first["key"].nunique() == rows["key"].nunique() else [_places(first)]
+            places += [f"with other numbers in {others} more cells"] if others else []
+            said.append(first["remark"].iloc[0] + (f" ({'; '.join(places)})" if places else ""))
+        if said:
+            lines.append(f"note: {label}: {'; '.join(said)}")
     return lines
 
 

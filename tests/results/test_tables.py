@@ -263,6 +263,13 @@ def test_a_note_names_its_rows_where_the_method_has_others(results):
     assert said == ["note: random: the floor", "note: seer: far (ruler cwe 2k, ruler vt 2k 4k)"]
 
 
+def test_notes_that_differ_in_numbers_only_are_one(results):
+    for ctx_len, note in ((1024, "untuned; the nearest is 0.3"), (2048, "untuned; the nearest is 1.5e-3"), (4096, "untuned")):
+        results.add("seer", "ruler", "vt", ctx_len, {"score": [50.0] * 6}, facts={"note": note})
+    said = [line for line in print_table(results.frame()).splitlines() if line.startswith("note: ")]
+    assert said == ["note: seer: untuned; the nearest is 0.3 (ruler vt 1k; with other numbers in 1 more cells)"]
+
+
 def test_a_failure_names_its_task_and_target_where_others_went_well(results, store):
     for task in ("vt", "cwe"):
         results.add("dense", "ruler", task, 8192, {"score": [50.0] * 6})
