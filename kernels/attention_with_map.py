@@ -1,4 +1,4 @@
-"""Dense causal attention together with its map per block, the ground truth of gate training: op, reference, Triton kernel."""
+"""Dense causal attention and its map per block, the ground truth of gate training: op, reference, Triton kernel."""
 
 from __future__ import annotations
 
@@ -13,16 +13,41 @@ from .block_mask import BlockMask
 from .block_mass import block_mass
 from .block_sparse_attention import HEAD_DIMS, _box, block_sparse_attention_reference
 from .block_sparse_attention import _launch_options as attention_options
+from .hopper_attention_with_map import TEAM_ROWS, hopper_applies
+from .hopper_attention_with_map import launch as hopper_launch
 from .launch import LOG2E, aligned, runs_triton
 
 CELL = 64  # tokens: the kernel's map is this fine
-SLOT_TILES = 2048  # key tiles a program remembers: all of 128k tokens. Later ones are multiplied again
+SLOT_TILES = 2048  # key tiles that a program remembers, 128k tokens; what lies behind is multiplied again
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def has_kernel(q: Tensor, block: int) -> bool:
-    """Whether the Triton kernel computes maps of such blocks for q."""
+    """Whether a kernel computes maps of such blocks for q."""
     return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES and block % CELL == 0
+
+
+def resolve_map_impl(impl: str, q: Tensor, block: int) -> str:
+    """The implementation that `impl` means: "auto" is on CUDA the fastest that applies, else the reference.
+
+    Raises: ValueError for an unknown name, or a kernel that does not compute this.
+    """
+    hopper = has_kernel(q, block) and hopper_applies(q)
+    if impl == "hopper":
+        if not hopper:
+            raise ValueError(
+                f"the Hopper kernel needs compute capability 9.0, fp16 or bf16, head_dim 64 or 128 and blocks of multiples of "
+                f"{CELL}, got {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks of {block}: use impl='auto'"
+            )
+        return impl
+    if not runs_triton(impl, q.is_cuda and has_kernel(q, block)):
+        return "reference"
+    if not has_kernel(q, block):
+        raise ValueError(
+            f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL}, got "
+            f"head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}: use impl='reference'"
+        )
+    return "hopper" if hopper and impl == "auto" else "triton"
 
 
 def attention_with_map(
@@ -38,7 +63,7 @@ def attention_with_map(
         block: tokens; multiples of 64 in the Triton kernel.
         of: "max", the largest probability in a block, or "mass", their sum.
         scale: logits factor > 0, 1 / sqrt(D) by default.
-        impl: "auto" (Triton on CUDA where has_kernel) | "triton" | "reference"; a named one never falls back.
+        impl: "auto" | "hopper" | "triton" | "reference" (resolve_map_impl); a named one never falls back.
 
     Returns: out [B, H, q_len, D] in q's dtype; lse [B, H, q_len] fp32, natural log; the map fp32 [B, H, NQ, NK], blocks after
         the causal end 0, every row of sum 1. Beside them the kernel uses a fixed amount of memory, however long the
@@ -49,14 +74,10 @@ def attention_with_map(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    if not runs_triton(impl, q.is_cuda and has_kernel(q, block)):
+    impl = resolve_map_impl(impl, q, block)
+    if impl == "reference":
         return attention_with_map_reference(q, k, v, block, of, scale)
-    if not has_kernel(q, block):
-        raise ValueError(
-            f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL}, got "
-            f"head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}: use impl='reference'"
-        )
-    return _triton_forward(q, k, v, block, of, scale)
+    return _forward(q, k, v, block, of, scale, impl == "hopper")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block: int, of: str) -> None:
@@ -109,7 +130,7 @@ def _attend_tile(
     return b_acc, b_m_new, b_l, b_seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "kv_len", "width", "total", "slot_tiles"])
 def attention_with_map_fwd_kernel(
     q_box, k_box, v_box, o_box, lse, cells, slots, counter,
     heads, group, q_len, kv_len, width, total, slot_tiles, together, scale_log2,
@@ -181,7 +202,7 @@ def attention_with_map_fwd_kernel(
         i = tl.atomic_add(counter, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "kv_len", "width", "first"])
 def map_of_lse_fwd_kernel(
     q_box, k_box, lse, cells, heads, group, q_len, kv_len, width, first, scale_log2,
     BD: tl.constexpr, CELL: tl.constexpr, MASS: tl.constexpr, PRECISION: tl.constexpr,
@@ -216,36 +237,49 @@ def _launch_options(q: Tensor, k: Tensor) -> dict:
     return dict(programs=3 if q.shape[-1] <= 64 else 2, **options)
 
 
-def _triton_forward(q: Tensor, k: Tensor, v: Tensor, block: int, of: str, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, block: int, of: str, scale: float, hopper: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (aligned(x) for x in (q, k, v))
-    batch, heads, q_len, dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    options = _launch_options(q, k)
-    BM, BN, together = options["BM"], options["BN"], options.pop("together")
-    programs = options.pop("programs") * (torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1)
-    total = batch * heads * triton.cdiv(q_len, BM)
-    programs = min(programs, total)
+    batch, heads, q_len = q.shape[:3]
+    options = {} if hopper else _launch_options(q, k)
+    programs, rows, keys = (1, TEAM_ROWS, CELL) if hopper else (options.pop("programs"), options["BM"], options["BN"])
+    if q.is_cuda:
+        programs *= torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = min(programs, batch * heads * triton.cdiv(q_len, rows))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    width = triton.cdiv(kv_len, CELL)
-    cells = torch.zeros(batch, heads, triton.cdiv(q_len, CELL), width, dtype=torch.float32, device=q.device)
-    slots = torch.empty(programs, SLOT_TILES, BM, dtype=torch.float32, device=q.device)
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    fixed = dict(
-        BD=triton.next_power_of_2(dim), CELL=CELL, MASS=of == "mass", PRECISION="ieee" if q.dtype == torch.float32 else "tf32"
-    )
-    attention_with_map_fwd_kernel[(programs,)](
-        _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), lse, cells, slots, counter, heads, heads // kv_heads, q_len,
-        kv_len, width, total, SLOT_TILES, together, scale * LOG2E, **fixed, **options,
-    )  # fmt: skip
-    remembered = SLOT_TILES * BN // CELL
-    if width > remembered:
-        map_of_lse_fwd_kernel[(cells.shape[2], batch * heads)](
-            _box(q, CELL), _box(k, CELL), lse, cells, heads, heads // kv_heads, q_len, kv_len, width, remembered,
-            scale * LOG2E, **fixed, num_warps=options["num_warps"], num_stages=options["num_stages"],
+    shape = batch, heads, triton.cdiv(q_len, CELL), triton.cdiv(k.shape[2], CELL)
+    cells = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    slots = torch.empty(programs, SLOT_TILES, rows, dtype=torch.float32, device=q.device)
+    if hopper:
+        hopper_launch(q, k, v, out, lse, cells, slots, scale, of == "mass")
+    else:
+        _triton_launch(q, k, v, out, lse, cells, slots, scale, of == "mass", options)
+    remembered = SLOT_TILES * keys // CELL
+    if shape[3] > remembered:
+        exact = q.dtype == torch.float32
+        map_of_lse_fwd_kernel[(shape[2], batch * heads)](
+            _box(q, CELL), _box(k, CELL), lse, cells, heads, heads // k.shape[1], q_len, k.shape[2], shape[3], remembered,
+            scale * LOG2E, BD=triton.next_power_of_2(q.shape[3]), CELL=CELL, MASS=of == "mass",
+            PRECISION="ieee" if exact else "tf32", num_warps=8 if exact else 4, num_stages=1 if exact else 2,
         )  # fmt: skip
     cells = _pool(cells, block // CELL, of)
     return out, lse, cells.div_(cells.sum(-1, keepdim=True))
+
+
+def _triton_launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cells: Tensor, slots: Tensor, scale: float, mass: bool,
+    options: dict,
+) -> None:  # fmt: skip
+    """Fills out, lse and the map of the first slots.shape[1] key tiles; slots: fp32 [programs, key tiles, BM] of scratch."""
+    batch, heads, q_len, dim = q.shape
+    BM, BN, together = options["BM"], options["BN"], options.pop("together")
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    attention_with_map_fwd_kernel[(slots.shape[0],)](
+        _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), lse, cells, slots, counter, heads, heads // k.shape[1], q_len,
+        k.shape[2], cells.shape[3], batch * heads * triton.cdiv(q_len, BM), slots.shape[1], together, scale * LOG2E,
+        BD=triton.next_power_of_2(dim), CELL=CELL, MASS=mass, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **options,
+    )  # fmt: skip
 
 
 def _pool(cells: Tensor, factor: int, of: str) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from sparsebench.kernels import attention_with_map as module
 from sparsebench.kernels.attention_with_map import attention_with_map
 
-IMPLS = ("reference", "triton")
+HOPPER = pytest.param("hopper", marks=pytest.mark.gpu)
+IMPLS = ("reference", "triton", HOPPER)
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 DTYPES = (pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16"), BF16)
 
@@ -33,6 +34,10 @@ def definition(q, k, v, block, of, scale):
 
 
 def check(within_budget, impl, q, k, v, block=64, of="max", scale=None):
+    if impl == "hopper" and not module.hopper_applies(q):
+        with pytest.raises(ValueError, match="the Hopper kernel needs"):
+            attention_with_map(q, k, v, block, of, impl=impl)
+        return None
     got = attention_with_map(q, k, v, block, of, scale=scale, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact = definition(q.double(), k.double(), v.double(), block, of, scale)
@@ -81,17 +86,20 @@ def test_flat_and_sharp_rows(sharp, of, impl, device, within_budget):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scale_and_strides(impl, device, within_budget):
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(device))
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(device, dtype=torch.float16))
     check(within_budget, impl, q, k, v, scale=0.3)
-    wide = torch.randn(1, 2, 150, 67, device=device)  # rows at no multiple of 16 bytes
+    wide = torch.randn(1, 2, 150, 67, device=device, dtype=torch.float16)  # rows at no multiple of 16 bytes
     check(within_budget, impl, wide[..., :64], k, v)
 
 
+@pytest.mark.parametrize("impl", ["triton", HOPPER])
 @pytest.mark.parametrize("of", ["max", "mass"])
 @pytest.mark.parametrize("remembered", [1, 3])
-def test_rows_longer_than_the_memory_of_a_program(remembered, of, device, within_budget, monkeypatch):
+def test_rows_longer_than_the_memory_of_a_program(remembered, of, impl, device, within_budget, monkeypatch):
     q, k, v = tensors(device, q_len=300, kv_len=333, dtype=torch.float16)
-    whole = attention_with_map(q, k, v, of=of, impl="triton")
+    if impl == "hopper" and not module.hopper_applies(q):
+        pytest.skip("needs compute capability 9.0")
+    whole = attention_with_map(q, k, v, of=of, impl=impl)
     monkeypatch.setattr(module, "SLOT_TILES", remembered)
     empty, guards = torch.empty, []
 
@@ -103,7 +111,7 @@ def test_rows_longer_than_the_memory_of_a_program(remembered, of, device, within
         return slots
 
     monkeypatch.setattr(torch, "empty", guarded)
-    parts = check(within_budget, "triton", q, k, v, of=of)
+    parts = check(within_budget, impl, q, k, v, of=of)
     assert len(guards) == 1 and guards[0].isnan().all()  # nothing is written behind the memory
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
     assert torch.equal(whole[2][..., :remembered] > 0, parts[2][..., :remembered] > 0)
@@ -137,7 +145,9 @@ def test_scratch_does_not_grow_with_the_sequence(device, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_position_that_only_one_row_reads(impl, device):
     """Row 100 alone prefers key 3, by far: block (1, 0) holds its probability, no other block changes."""
-    q, k, v = tensors(device, heads=1, q_len=190, kv_len=190)
+    q, k, v = tensors(device, heads=1, q_len=190, kv_len=190, dtype=torch.float16)
+    if impl == "hopper" and not module.hopper_applies(q):
+        pytest.skip("needs compute capability 9.0")
     q[:], k[:] = 0, 0
     q[:, :, 100, 0] = 40
     k[:, :, 3, 0] = 40
@@ -161,7 +171,11 @@ def test_refuses(device):
     ]:
         with pytest.raises(ValueError, match=message):
             attention_with_map(*arguments)
-    for options, message in [({"impl": "cuda"}, "'cuda'"), ({"scale": 0.0}, "scale must be positive")]:
+    for options, message in [
+        ({"impl": "cuda"}, "'cuda'"),
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"impl": "hopper"}, "the Hopper kernel needs"),  # in fp32
+    ]:
         with pytest.raises(ValueError, match=message):
             attention_with_map(q, k, v, **options)
     for arguments in [(q, k, v, 32), (q.double(), k.double(), v.double()), (q[..., :32], k[..., :32], v[..., :32])]:
