@@ -21,6 +21,8 @@ _load = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 _store = tma.async_store if RENAMED.value else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
+# Sizes that differ from call to call without a gain from code of their own.
+RUN_TIME = ("stride_mask_batch", "heads", "group", "mask_heads", "q_len", "kv_len", "tiles", "width", "units")
 
 
 @gluon.jit
@@ -111,7 +113,7 @@ def _solo_step(
     return b_m, b_l, b_acc, slot, phase
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=[*RUN_TIME[:-1], "edge"])
 def attention_solo_kernel(
     q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, scale_log2,

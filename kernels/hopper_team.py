@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_kernels import ROWS, _barriers, _boxes, _copy_in, _load, _softmax_step, _store_out
+from .hopper_kernels import ROWS, RUN_TIME, _barriers, _boxes, _copy_in, _load, _softmax_step, _store_out
 
 
 @gluon.jit
@@ -233,7 +233,7 @@ def _first_step(
     return gl.convert_layout(b_p.to(b_q.dtype), gl.DotOperandLayout(0, O, 2)), b_m, b_l
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=RUN_TIME)
 def attention_team_kernel(
     q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, units, scale_log2,
