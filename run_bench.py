@@ -34,8 +34,9 @@ from sparsebench.models.trace import Trace
 from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest, source_digest, write_atomically
 from sparsebench.results.text import print_table
-from sparsebench.suites import SUITES, Cell, Score, Suite
+from sparsebench.suites import SUITES, Cell, Score, Suite, timing
 from sparsebench.suites.base import NotApplicable, canonical_json, first_line
+from sparsebench.suites.baselines import dense_baselines
 from sparsebench.suites.corpora import calibration_corpus, check_corpus, token_windows
 
 DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
@@ -103,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     words("--ctx", default=["1k,2k"], help="context lengths in tokens; 8k = 8192")
     words("--models", default=["smollm2-135m"], help="embedded names, local folders or hub ids")
     words("--suites", default=[DEFAULT_SUITES], help=", ".join(SUITES))
-    words("--tasks", default=[], help="of ruler, longbench and longbench2; all of a suite's unless given")
+    words("--tasks", default=[], help="of ruler, longbench, longbench2 and speed; see the README")
     words("--corpus", default=["pydoc"], help="pydoc, pg19, proof_pile, file:PATH or a hub data set[@REVISION]")
     words("--density", default=[], help="targets: each method's knob is turned to them on other text")
     parser.add_argument("--limit", type=int, default=None, help="documents or examples a cell; each suite has a default")
@@ -111,6 +112,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--answer-in-prefill", action="store_true", help="also score answers that are read, not generated")
     parser.add_argument("--haystack", default=None, help="file:PATH, the text that ruler hides its needles in")
     parser.add_argument("--longbench-data", default=None, help="folder with the .jsonl files of longbench, longbench2")
+    parser.add_argument("--qkv", default=None, help="file of sparsebench.suites.capture: what speed measures on")
+    parser.add_argument("--backward", action="store_true", help="speed: the gradients of q, k and v too")
     parser.add_argument("--stride", type=int, default=None, help="perplexity of whole documents in windows that move by this")
     parser.add_argument("--versus", default=None, help="compare with this method too, not with dense alone")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs; the method random has its own, random:seed=1")
@@ -136,6 +139,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     """All cells of the command, those that share a model and a text side by side. Raises: ValueError for bad input."""
     for cached in (load_model, captured, calibrated, calibration_corpus, digest, token_windows):
         cached.cache_clear()  # files may have changed since an earlier command of this process
+    for measured in (dense_baselines, timing.product_tflops):
+        measured.cache_clear()  # opponents are timed in the same run
     plugin = load_plugin(args.plugin) if args.plugin else set()
     methods = parse_methods(" ".join(args.methods))
     suites = words_of(args.suites)
@@ -166,25 +171,24 @@ def plan(args: argparse.Namespace) -> list[Job]:
         for task in tasks[suite]:
             for ctx_len in contexts:
                 for density in densities:
-                    for method in (baseline if SUITES[suite].attached else []) + methods:
+                    for method in (baseline if SUITES[suite].attached else []) + compared(suite, task, args, methods):
                         jobs.append(make_job(args, suite, model, task, ctx_len, density, method, plugin))
     return list({job.cell.key: job for job in jobs}.values())
 
 
 def choose_tasks(suite: str, corpora: list[str], asked: list[str], suites: list[str]) -> list[str]:
     """The tasks of one suite. Raises: ValueError for an unknown task and for a suite that is left without any."""
-    own = SUITES[suite].tasks
+    own, default = SUITES[suite].tasks, SUITES[suite].default_tasks
     known = [task for name in suites for task in SUITES[name].tasks]
     for task in asked:
         if not known:
-            raise ValueError(f"--tasks is of ruler, longbench and longbench2, none of which is in --suites {','.join(suites)}")
+            having = ", ".join(name for name in SUITES if SUITES[name].tasks)
+            raise ValueError(f"--tasks is of {having}, none of which is in --suites {','.join(suites)}")
         if task not in known:
             raise ValueError(f"unknown task {task!r}; {nearest(task, known)}")
-    if not SUITES[suite].needs_model:
-        return ["attention"]
     if not own:
         return corpora
-    chosen = [task for task in asked if task in own] if asked else list(own)
+    chosen = [task for task in asked if task in own] or list(default or (() if asked else own))
     if not chosen:
         raise ValueError(f"--tasks names none of {suite}: one of {', '.join(own)}")
     return chosen
@@ -193,7 +197,16 @@ def choose_tasks(suite: str, corpora: list[str], asked: list[str], suites: list[
 def _runs(suites: list[str], models: list[str]) -> Iterator[tuple[str, str]]:
     for model in models:
         yield from ((suite, model) for suite in suites if SUITES[suite].needs_model)
-    yield from ((suite, "llama-3.1-8b-shape") for suite in suites if not SUITES[suite].needs_model)
+    yield from ((suite, "") for suite in suites if not SUITES[suite].needs_model)
+
+
+def options_of(suite: type[Suite], args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the suite's options that were given."""
+    return {name: value for name in suite.options if (value := getattr(args, name)) is not None and value is not False}
+
+
+def compared(suite: str, task: str, args: argparse.Namespace, methods: list[Method]) -> list[Method]:
+    return SUITES[suite].methods(task, options_of(SUITES[suite], args), methods)
 
 
 def make_job(
@@ -203,11 +216,12 @@ def make_job(
     suite, note = SUITES[suite_name], ""
     if method.knob is None and density is not None:
         density, note = None, "" if method.name == "dense" else "no knob: its density is fixed"
-    options = {name: value for name in suite.options if (value := getattr(args, name)) is not None and value is not False}
+    options = options_of(suite, args)
+    model, revision = (model, zoo.revision(model)) if suite.needs_model else suite.subject(task, options)
     limit = args.limit or suite.default_limit[args.device == "cuda"]
     params = file_digests(method, model) | method.params() | ({"plugin": digest(args.plugin)} if method.name in plugin else {})
     cell = Cell(
-        model=model, revision=zoo.revision(model) if suite.needs_model else "", method=method.name, params=params,
+        model=model, revision=revision, method=method.name, params=params,
         suite=suite_name, task=task, ctx_len=ctx_len, density=density, limit=limit if suite.needs_model else None,
         seed=args.seed, dtype=args.dtype if suite.needs_model else "bfloat16",
         device=device_name(args.device) if suite.needs_gpu else "",

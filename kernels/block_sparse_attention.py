@@ -48,9 +48,9 @@ def block_sparse_attention(
         impl: "auto" | "triton" | "reference"; a named one never falls back.
 
     Returns: [B, H, q_len, D] in q's dtype, accumulated in fp32; with return_lse also lse [B, H, q_len] fp32.
-    Differentiable in q, k and v through the reference only.
-    Raises: ValueError when a query row would see no key, shapes or dtypes disagree, D is unsupported, or the Triton kernel
-        would lose a gradient.
+    Both are differentiable in q, k and v, through Triton once and with the same bits every time.
+    Raises: ValueError when a query row would see no key, shapes or dtypes disagree, D is unsupported, or a gradient is needed
+        that Triton has no kernel for (block_sparse_attention_backward.py says which).
     """
     _check_shapes(q, k, v, mask)
     mask = mask.check()
@@ -58,7 +58,12 @@ def block_sparse_attention(
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if resolve_impl(impl, q) == "triton":
-        out, lse = _triton_forward(q, k, v, mask, scale, return_lse)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            from .block_sparse_attention_backward import differentiable  # which imports this module
+
+            out, lse = differentiable(_triton_forward, q, k, v, mask, scale)
+        else:
+            out, lse = _triton_forward(q, k, v, mask, scale, return_lse)
     else:
         out, lse = block_sparse_attention_reference(q, k, v, mask, scale)
     return (out, lse) if return_lse else out
@@ -312,8 +317,6 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
             f"the Triton kernel supports query blocks of 128, 64 and its divisors and key blocks of multiples of 64, got "
             f"{mask.q_block} x {mask.kv_block}"
         )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("the Triton kernel has no backward yet: run it under torch.no_grad(), or with impl='reference'")
     q, k, v = (aligned(x) for x in (q, k, v))
     member, own_rows = None, mask.q_block
     if mask.q_block < TILE_ROWS:

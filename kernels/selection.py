@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import BlockMask
+from .block_pool import block_pool
 
 
 def block_pairs(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
@@ -95,13 +96,7 @@ def block_mean(x: Tensor, block: int) -> Tensor:
 
     x [B, H, L, D] -> fp32 [B, H, ceil(L / block), D].
     """
-    length = x.shape[2]
-    whole = length // block
-    means = x[:, :, : whole * block].unflatten(2, (whole, block)).mean(3, dtype=torch.float32)
-    if length % block:
-        rest = x[:, :, whole * block :].mean(2, keepdim=True, dtype=torch.float32)
-        means = torch.cat((means, rest), dim=2)
-    return means
+    return block_pool(x, block).float()
 
 
 def random_scores(seed: int, layer: int, head: Tensor, row: Tensor, blocks: int) -> Tensor:

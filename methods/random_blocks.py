@@ -38,15 +38,23 @@ class RandomBlocks(Method):
         check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20), seed=(0, 2**32 - 1))
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
-        (_, heads, q_len, _), kv_len, device = q.shape, k.shape[2], q.device
-        last_query = row_bounds(q_len, kv_len, self.block, device)[1] - 1
-        diagonal = last_query // self.block
-        blocks = -(-kv_len // self.block)
-        step = max(SCRATCH_ELEMENTS // (len(diagonal) * blocks), 1)
-        parts = []
-        for head in torch.arange(heads, device=device).split(step):
-            scores = random_scores(self.seed, ctx.layer, head, diagonal, blocks)
-            scores.scatter_(-1, diagonal[:, None].expand(len(head), -1, 1), float("inf"))
-            parts.append(keep_top(scores[None], q_len, kv_len, self.block, self.block, self.density))
-        num, index = (torch.cat(lists, dim=1) for lists in zip(*((part.kv_num_blocks, part.kv_indices) for part in parts)))
-        return BlockMask(num, index, q_len, kv_len, self.block, self.block, trusted=True)
+        heads = torch.arange(q.shape[1], device=q.device)
+        blocks = self.block, self.block
+        return random_mask(heads, q.shape[2], k.shape[2], *blocks, self.density, self.seed, ctx.layer)
+
+
+def random_mask(
+    heads: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, density: float, seed: int, layer: int = 0
+) -> BlockMask:
+    """Random blocks of q_block x kv_block tokens for int64 `heads`, those at the diagonal first; see RandomBlocks."""
+    first, end = row_bounds(q_len, kv_len, q_block, heads.device)
+    row, last = (end - 1) // q_block, (end - 1)[:, None] // kv_block
+    column = torch.arange(-(-kv_len // kv_block), device=heads.device)
+    nearest = (first[:, None] // kv_block).maximum(last + 1 - max(q_block // kv_block, 1))
+    diagonal = (nearest <= column) & (column <= last)
+    parts = []
+    for head in heads.split(max(SCRATCH_ELEMENTS // diagonal.numel(), 1)):
+        scores = random_scores(seed, layer, head, row, len(column)).masked_fill_(diagonal, float("inf"))
+        parts.append(keep_top(scores[None], q_len, kv_len, q_block, kv_block, density))
+    num, index = (torch.cat(lists, dim=1) for lists in zip(*((part.kv_num_blocks, part.kv_indices) for part in parts)))
+    return BlockMask(num, index, q_len, kv_len, q_block, kv_block, trusted=True)

@@ -56,7 +56,8 @@ def _timed(group: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         ("latency", "ttft_ms", ["model", "revision", "dtype", *settings]),
         ("speed", "total_ms", settings),
     ):
-        times = table[(table["suite"] == suite) & (table["metric"] == metric)].drop_duplicates(same)  # the first device
+        times = table[(table["suite"] == suite) & (table["metric"] == metric) & ~table["options"].str.contains('"qkv"')]
+        times = times.drop_duplicates(same)  # the first device
         source = f"{suite} {metric}" + times["device"].map(lambda name: f" on {name}" if name else "")
         times = times[same].assign(time_ms=times["value"], time_source=source)
         found = group.merge(times, how="left", on=same)  # pandas pairs missing targets with one another

@@ -15,7 +15,7 @@ import pandas as pd
 from .statistics import FEWEST, LEVEL, Mixture, Ratio, compare, interval
 
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
-BASELINES = (*DENSE_KERNELS, "flex", "sdpa")
+BASELINES = (*DENSE_KERNELS, "flex", "fa4_sparse", "sdpa")
 TIMED = ("speed", "latency")  # suites of times and sizes: percentiles, no intervals, no comparison with dense as a method
 TASKS = {"ruler": 13, "longbench": 21, "longbench e": 13, "longbench2": 1}  # suites whose tasks are averaged: how many
 EFFECTIVE = 85.6  # %, of Llama-2-7b-chat at 4k tokens: RULER's threshold (Hsieh et al. 2024, arXiv 2404.06654, section 4)
@@ -44,8 +44,10 @@ def summary(frame: pd.DataFrame, versus: str | None = None) -> pd.DataFrame:
     examples and settings: vs_dense is the ratio, diff the difference, both with paired intervals, p_dense the p-value of the
     paired sign-flip test and `mark` says "worse", "better" (p < 0.05) or "same" (no difference shown); with fewer than 6
     examples no p can be that small, and the mark is "n<6". Fidelity is measured against dense and has no such columns.
-    For `speed`, speedup_NAME = NAME's time / the method's total time, and of_best_dense = the useful FLOP rate / that of the
-    fastest dense kernel; for `latency`, ttft_speedup_NAME and decode_speedup_NAME against the dense model with kernel NAME.
+    For `speed`, speedup_NAME = NAME's time / the method's total time, of_best_dense = the useful FLOP rate / that of the
+    fastest dense kernel, of_matmul = the same / that of a matrix product; attend_* the same of the method's attention alone,
+    backward_* of the gradients. For `latency`, ttft_speedup_NAME and decode_speedup_NAME against the dense model with kernel
+    NAME.
 
     versus: a label or the name of a method; its row of the same density target is compared with in VERSUS columns, the
     difference in the metric's unit. A label that fits goes before a name; of several methods of that name the first by label
@@ -196,11 +198,16 @@ def _ratios(parts: dict[str, dict[str, float]], fidelity: bool) -> Iterator[tupl
 def _derived(common: dict[str, Any], values: dict[str, float]) -> dict[str, float]:
     """Speed-ups and the like of one cell of the timed suites."""
     found: dict[str, float] = {}
-    if common["suite"] == "speed" and "total_ms" in values:
-        found = {f"speedup_{b}": values[f"{b}_ms"] / values["total_ms"] for b in BASELINES if f"{b}_ms" in values}
-        dense = [values[f"{b}_ms"] for b in DENSE_KERNELS if f"{b}_ms" in values]
-        if dense and pd.notna(common["density"]):
-            found["of_best_dense"] = common["density"] * min(dense) / values["total_ms"]
+    if common["suite"] == "speed":
+        for time, part, kind in (("total_ms", "", ""), ("attend_ms", "attend_", ""), ("backward_ms", "backward_", "_backward")):
+            if time in values:
+                others = {name: values[f"{name}{kind}_ms"] for name in BASELINES if f"{name}{kind}_ms" in values}
+                found |= {f"{part}speedup_{name}": other / values[time] for name, other in others.items()}
+                dense = [other for name, other in others.items() if name in DENSE_KERNELS]
+                if dense and pd.notna(common["density"]):
+                    found[f"{part}of_best_dense"] = common["density"] * min(dense) / values[time]
+                if {f"{part}tflops", "matmul_tflops"} <= values.keys():
+                    found[f"{part}of_matmul"] = values[f"{part}tflops"] / values["matmul_tflops"]
     if common["suite"] == "latency":
         for name in BASELINES:
             time, rate = f"ttft_{name}_ms", f"decode_{name}_tokens_per_s"

@@ -14,6 +14,7 @@ from .tables import ROW, SETTINGS, TIMED, ctx_name, labelled, metric_name, overv
 
 tabulate.MIN_PADDING = 0  # as narrow as their cells: the tables fit 120 columns
 WIDTH = 120
+LEFT_OUT = ("of matmul", "MiB", "x fa3", "x cudnn", "attend", "select", "x flex", "bwd ms", "x fa2", "TFLOP/s")  # if too wide
 LONGEST_REASON = 200  # characters; results.csv has the whole text
 ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 DECIDED = ("worse", "same", "better")
@@ -21,8 +22,10 @@ SIGNS = {"better": "+", "same": "=", "worse": "-"}
 TIMED_COLUMNS = {  # what the terminal and the report show of the timed suites, in this order
     "ttft_ms": "ttft ms", "ttft_speedup_sdpa": "x sdpa", "total_ms": "total ms", "select_ms": "select", "attend_ms": "attend",
     "speedup_fa2": "x fa2", "ttft_speedup_fa2": "x fa2", "speedup_cudnn": "x cudnn", "ttft_speedup_cudnn": "x cudnn",
-    "speedup_fa3": "x fa3", "speedup_fa4": "x fa4", "speedup_flex": "x flex", "tflops": "TFLOP/s", "of_best_dense": "of dense",
-    "decode_tokens_per_s": "decode/s", "decode_speedup_sdpa": "decode x sdpa", "peak_mb": "MiB",
+    "speedup_fa3": "x fa3", "speedup_fa4": "x fa4", "speedup_flex": "x flex", "speedup_fa4_sparse": "x fa4s",
+    "tflops": "TFLOP/s", "of_best_dense": "of dense", "of_matmul": "of matmul", "backward_ms": "bwd ms",
+    "backward_speedup_fa2": "bwd x fa2", "decode_tokens_per_s": "decode/s", "decode_speedup_sdpa": "decode x sdpa",
+    "peak_mb": "MiB",
 }  # fmt: skip
 
 
@@ -99,7 +102,8 @@ def _effective(tokens: float, contexts: list[int]) -> str:
 def compact(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.DataFrame]:
     """(title with what all rows share, the rows as text) of one suite and model in summary(): a row per cell and
     task, a column per metric, "value [95 % interval]", and for the first metric the ratio (of a %, the difference) to dense
-    and the mark, where any row of the table has enough examples for one. Of an accuracy's table that is too wide, first the
+    and the mark, where any row of the table has enough examples for one. Of times that are too wide, columns of LEFT_OUT are
+    left out in that order. Of an accuracy's table that is too wide, first the
     interval of the difference is left out, then the parts of the score; of another, first the intervals of all metrics but
     the first, then the interval of the ratio."""
     extra, tasks = _extra(group), _short_tasks(group["task"].unique())
@@ -121,6 +125,9 @@ def compact(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.Dat
         late = [name for name in dict.fromkeys(TIMED_COLUMNS.values()) if name in table]  # the first cell may lack some
         table = table[[name for name in table if name not in late] + late]
         title, table = _titled(list(group[["suite", "model"]].iloc[0]), table, ["task", "question", "n"], group)
+        for name in LEFT_OUT:
+            if name in table and _width(table) > WIDTH:
+                table = table.drop(columns=name)
         if _width(table) <= WIDTH:
             break
     return title, table

@@ -6,7 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
 
 SCHEMA = 2  # of Cell and of the stored rows; raise it when either changes, so that old results are never mixed with new ones
 
@@ -109,6 +112,7 @@ class Suite:
     needs_model: ClassVar[bool] = True  # run() gets a loaded model, else None
     needs_gpu: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ()  # what a cell's task may be; a suite without tasks of its own measures on --corpus
+    default_tasks: ClassVar[tuple[str, ...]] = ()  # those that are run unless asked for others; all when empty
     options: ClassVar[tuple[str, ...]] = ()  # of the command line: those that change this suite's numbers (True or text)
     default_limit: ClassVar[tuple[int, int]] = (1, 10)  # examples of a cell on a CPU, on a GPU
 
@@ -123,6 +127,16 @@ class Suite:
     def files(cls, task: str, options: Mapping[str, Any]) -> list[str]:
         """Files of this machine that a cell reads besides the model: their content is part of its identity."""
         return []
+
+    @classmethod
+    def methods(cls, task: str, options: Mapping[str, Any], asked: list[Method]) -> list[Method]:
+        """What is compared in a task: the methods asked for, unless the task takes none."""
+        return asked
+
+    @classmethod
+    def subject(cls, task: str, options: Mapping[str, Any]) -> tuple[str, str]:
+        """(name, revision) of what a suite that needs no model measures on. Raises: ValueError for a bad option."""
+        raise NotImplementedError
 
     def run(self, model: Any, cell: Cell) -> Iterator[Score]:
         """The scores of `cell`. Raises: NotApplicable with the reason when the cell cannot be measured."""

@@ -20,8 +20,9 @@ from ..methods.spec import build
 from ..models.attach import attach
 from ..models.trace import Trace
 from .base import Cell, Score, first_line, register_suite
+from .baselines import DENSE_BACKENDS
 from .corpora import CorpusSuite, token_windows
-from .speed import DENSE_BACKENDS, peak_memory, spread, timed_call
+from .timing import peak_memory, spread, timed_call
 
 TOKENS = 32  # generated after a prompt; the first of them is the prefill's
 WARM_UP = 2  # rounds

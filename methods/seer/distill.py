@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ...kernels.attention_with_map import attention_with_map, has_kernel
 from ...kernels.block_mass import block_mass
 from ..base import LayerContext, Method, ModelSpec, dense_attention
 from ..spec import parse_tokens
@@ -78,14 +79,17 @@ class GateTrainer(Method):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         gate = self.gates[ctx.layer]
-        teacher = block_map(q, k, self.recipe.loss, gate.block, ctx.scale)
+        if q.is_cuda and has_kernel(q, gate.block):
+            out, _, teacher = attention_with_map(q, k, v, gate.block, self.recipe.loss, scale=ctx.scale)
+        else:
+            out, teacher = dense_attention(q, k, v, ctx.scale), block_map(q, k, self.recipe.loss, gate.block, ctx.scale)
         assert ctx.rope is not None
         tables = ctx.rope(ctx.positions[:: gate.block], gate.rope_dim)
         with torch.enable_grad():
             loss = gate_loss(gate(ctx.q_pre, ctx.k_pre, *tables), teacher, self.recipe.drop)
             (loss / self.recipe.batch).backward()
         self.losses.append(loss.detach())
-        return dense_attention(q, k, v, ctx.scale)
+        return out
 
 
 def new_gates(model: ModelSpec, recipe: Recipe) -> list[AttnGate]:

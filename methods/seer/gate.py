@@ -7,9 +7,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..base import rotate_half
+from ...kernels.block_pool import POOLS, block_pool_pair
+from ...kernels.gate_project import gate_project
 
-POOLS = ("max", "min", "avg")  # the order in which several poolings of one side are concatenated
 GATE_TYPE = re.compile(r"Q((?:max)?(?:min)?(?:avg)?)_K((?:max)?(?:min)?(?:avg)?)")
 
 
@@ -24,34 +24,12 @@ def parse_gate_type(gate_type: str) -> tuple[list[str], list[str]]:
     return [p for p in POOLS if p in match[1]], [p for p in POOLS if p in match[2]]
 
 
-def pool_blocks(x: Tensor, pools: list[str], block: int) -> Tensor:
-    """Poolings over the tokens of each block, concatenated on the channels.
-
-    Args: x [B, H, N, D]; the last block is pooled over the tokens it has. Max and min keep x's dtype, the mean is fp32.
-    Returns: [B, H, ceil(N / block), len(pools) * D].
-    """
-    whole = x.shape[2] // block * block
-    parts = [x[:, :, :whole].unflatten(2, (-1, block))] if whole else []
-    if whole < x.shape[2]:
-        parts.append(x[:, :, None, whole:])
-
-    def reduce(part: Tensor, pool: str) -> Tensor:
-        if pool == "avg":
-            return part.mean(3, dtype=torch.promote_types(x.dtype, torch.float32))
-        return part.amax(3) if pool == "max" else part.amin(3)
-
-    return torch.cat([torch.cat([reduce(part, pool) for part in parts], dim=2) for pool in pools], dim=-1)
-
-
 class HeadLinear(nn.Module):
-    """One linear map without bias per head: [B, heads, N, inner] -> [B, heads, N, outer]; weight [heads, inner, outer]."""
+    """The weight of one linear map without bias per head, [heads, inner, outer]; gate_project() applies it."""
 
     def __init__(self, heads: int, inner: int, outer: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, inner, outer).uniform_(-(inner**-0.5), inner**-0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.weight.dtype) @ self.weight
 
 
 class AttnGate(nn.Module):
@@ -112,12 +90,15 @@ class AttnGate(nn.Module):
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
         """From project()'s output, whole or of some heads."""
+        if k.shape[1] < q.shape[1]:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         return q @ k.transpose(-1, -2) * self.gate_dim**-0.5
 
     def project(
         self, q_pre: Tensor, k_pre: Tensor, cos: Tensor, sin: Tensor, cos_q: Tensor | None = None, sin_q: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Block representations of q [B, H, NQ, gate_dim] and k [B, H, NK, gate_dim]; arguments as for forward()."""
+        """Block representations of q [B, H, NQ, gate_dim] and of k [B, H, NK, gate_dim], with H_kv heads where there is a W_q;
+        arguments as for forward()."""
         for name, x, heads in (("q", q_pre, self.heads), ("k", k_pre, self.kv_heads)):
             if x.shape[1] != heads or x.shape[3] != self.head_dim:
                 raise ValueError(f"this gate is for {heads} {name} heads of {self.head_dim} channels, got {tuple(x.shape)}")
@@ -126,22 +107,6 @@ class AttnGate(nn.Module):
             if offset % self.block:
                 raise ValueError(f"query blocks start at {offset}, between key blocks of {self.block}: pass cos_q and sin_q")
             cos_q, sin_q = cos[offset // self.block :], sin[offset // self.block :]
-        dtype = self.mask_linear_k.weight.dtype
-        q = pool_blocks(q_pre, self.q_pools, self.block)
-        q = q.to(dtype) if self.single else self.mask_linear_q(q)
-        k, group = pool_blocks(k_pre, self.k_pools, self.block), self.heads // self.kv_heads
-        if self.single:
-            k = self.mask_linear_k(k.repeat_interleave(group, dim=1))
-        else:
-            k = self.mask_linear_k(k).repeat_interleave(group, dim=1)
-        return self._rotate(q, cos_q, sin_q), self._rotate(k, cos, sin)
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        dim = cos.shape[-1]
-        if cos.shape != sin.shape or cos.shape[0] != x.shape[2] or dim > self.gate_dim:
-            raise ValueError(
-                f"RoPE tables [blocks={x.shape[2]}, at most {self.gate_dim}] expected, got cos {tuple(cos.shape)} and "
-                f"sin {tuple(sin.shape)}"
-            )
-        turned = x[..., :dim] * cos.to(x.dtype) + rotate_half(x[..., :dim]) * sin.to(x.dtype)
-        return turned if dim == self.gate_dim else torch.cat((turned, x[..., dim:]), dim=-1)
+        q, k = block_pool_pair(q_pre, k_pre, self.block, self.q_pools, self.k_pools)
+        w_q = None if self.single else self.mask_linear_q.weight
+        return gate_project(q, k, w_q, self.mask_linear_k.weight, (cos_q, sin_q), (cos, sin))

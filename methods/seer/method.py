@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ...kernels import BlockMask, causal_blocks
-from ...kernels.selection import top_blocks
-from ..base import LayerContext, Method, ModelSpec, check_fields, register
+from ...kernels.choose_blocks import choose_blocks, complete_rows, own_blocks
+from ..base import LayerContext, Method, ModelSpec, Rope, check_fields, register
 from .gate import AttnGate
 from .weights import LayerGates, load_gates, shipped_gate
 
@@ -125,31 +126,26 @@ class Seer(Method):
         block, q_len, kv_len = gate.block, q.shape[2], k.shape[2]
         if ctx.rope is None:
             raise ValueError("seer's gate puts RoPE on block positions: pass rope_theta")
-        key_starts = torch.arange(0, kv_len, block, device=q.device)
-        gate_q, gate_k = gate.project(
-            ctx.q_pre, ctx.k_pre, *ctx.rope(key_starts, gate.rope_dim), *ctx.rope(ctx.positions[::block], gate.rope_dim)
-        )
-        visible = causal_blocks(q_len, kv_len, block, block, q.device)
-        # The block of each row's first query: every query of the row sees it.
-        own = torch.arange(kv_len - q_len, kv_len, block, device=q.device) // block
-        own = own[:, None] == torch.arange(visible.shape[1], device=q.device)
+        tables = block_tables(ctx.rope, gate.rope_dim, q_len, kv_len, block, q.device)
+        gate_q, gate_k = gate.project(ctx.q_pre, ctx.k_pre, *tables)
         group = q.shape[1] // k.shape[1] if self.share_gqa else 1
+        width = self._width(-(-kv_len // block))
+        if group == 1 and self.top_p is None:
+            return choose_blocks(
+                gate_q, gate_k, q_len, kv_len, block, block, width=width, threshold=self._cut, scale=gate.gate_dim**-0.5,
+                last_dense=int(min(self.last_dense, q_len)), diagonal=self.diagonal,
+            )  # fmt: skip
+        gate_k = gate_k.repeat_interleave(q.shape[1] // gate_k.shape[1], dim=1)
+        visible = causal_blocks(q_len, kv_len, block, block, q.device)
+        own = own_blocks(q_len, kv_len, block, block, q.device)
         heads = max(1, SCRATCH_BYTES // (4 * q.shape[0] * visible.numel() * group)) * group
         parts = [
-            self._choose(gate.logits(gate_q[:, h : h + heads], gate_k[:, h : h + heads]), visible, own, group)
+            self._choose(gate.logits(gate_q[:, h : h + heads], gate_k[:, h : h + heads]), visible, own, group, width)
             for h in range(0, q.shape[1], heads)
         ]
         chosen = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if chosen.dtype != torch.bool and (kv_len - q_len) % block == 0:
-            return self._compact(chosen, visible, q_len, kv_len, block)
-        if chosen.dtype != torch.bool:
-            shape = (*chosen.shape[:-1], visible.shape[1] + 1)
-            chosen = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter_(-1, chosen.long(), True)[..., :-1]
-        chosen[..., self._first_dense(visible) :, :] = True
-        # Blocks after the own one, visible to a row's later queries only, do not count as seen by its first.
-        reaches_first = own.flip(-1).cumsum(-1).flip(-1) > 0
-        blind = ~(chosen & reaches_first).any(-1, keepdim=True)
-        return BlockMask.from_dense(chosen | (blind & own), q_len, kv_len, block, block, trusted=True)
+        chosen = complete_rows(chosen, own, self.last_dense)
+        return BlockMask.from_dense(chosen, q_len, kv_len, block, block, trusted=True)
 
     def _gate(self, q: Tensor, k: Tensor, ctx: LayerContext) -> AttnGate:
         gate = self.gate
@@ -167,40 +163,46 @@ class Seer(Method):
             return max(int((1 - math.sqrt(1 - self.nz_ratio)) * blocks), 1)
         return None if self.budget is None else min(int(self.budget), blocks)
 
-    def _first_dense(self, visible: Tensor) -> int:
-        return max(visible.shape[0] - self.last_dense, 0)
+    @property
+    def _cut(self) -> float:
+        return 2e-3 if self.threshold is None else self.threshold
 
-    def _choose(self, logits: Tensor, visible: Tensor, own: Tensor, group: int) -> Tensor:
-        """Block numbers as of top_blocks [B, H, NQ, width], or bool [B, H, NQ, NK]; H is a group-th of the logits' heads."""
-        scores = logits.float().masked_fill_(~visible, float("-inf"))
-        width = self._width(visible.shape[1])
-        if width is None or group > 1:
-            scores = scores.softmax(-1)
-        if group > 1:
-            scores = scores.unflatten(1, (-1, group)).mean(2).masked_fill_(~visible, float("-inf"))
+    def _choose(self, logits: Tensor, visible: Tensor, own: Tensor, group: int, width: int | None) -> Tensor:
+        """bool [B, H, NQ, NK] by top_p or for shared selections; H is a group-th of the logits' heads."""
+        scores = logits.float().masked_fill_(~visible, float("-inf")).softmax(-1).unflatten(1, (-1, group)).mean(2)
         if width is not None:
+            scores.masked_fill_(~visible, float("-inf"))
             if self.diagonal:
                 scores.masked_fill_(own, float("inf"))
-            return top_blocks(scores, width)
+            # Where fewer blocks are visible than wanted, others come last and from_dense() drops them.
+            return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(width, dim=-1).indices, True)
         if self.top_p is not None:
-            best, order = scores.clamp(min=0).sort(dim=-1, descending=True)
+            best, order = scores.sort(dim=-1, descending=True)
             before = best.cumsum(-1) - best
             keep = torch.zeros_like(visible).expand(scores.shape).clone().scatter_(-1, order, before < self.top_p)
             keep |= torch.full_like(own, self.top_p >= 1)  # the running sum may reach 1 before the last block
         else:
-            keep = scores > (2e-3 if self.threshold is None else self.threshold)
+            keep = scores > self._cut
         return keep | own if self.diagonal else keep
 
-    def _compact(self, index: Tensor, visible: Tensor, q_len: int, kv_len: int, block: int) -> BlockMask:
-        """Rows of a constant width; no size depends on the data, so the host never waits."""
-        rows, blocks = visible.shape
-        seen = visible.sum(-1, dtype=torch.int32)
-        num = seen.clamp(max=index.shape[-1])
-        first = self._first_dense(visible)
-        if first < rows:
-            wide = index.new_zeros(*index.shape[:-1], blocks)
-            wide[..., : index.shape[-1]] = index
-            wide[..., first:, :] = torch.arange(blocks, dtype=torch.int32, device=index.device)
-            index, num = wide, torch.cat((num[:first], seen[first:]))
-        num = num.expand(index.shape[:-1]).contiguous()
-        return BlockMask(num, index, q_len, kv_len, block, block, trusted=True)
+
+_TABLES: WeakKeyDictionary[Rope, tuple[tuple, tuple[Tensor, ...]]] = WeakKeyDictionary()
+
+
+def block_tables(rope: Rope, dim: int, q_len: int, kv_len: int, block: int, device: torch.device) -> tuple[Tensor, ...]:
+    """RoPE's cos and sin [NK, dim] at the first positions of key blocks, then [NQ, dim] at those of query blocks.
+
+    They depend on positions alone, so every `rope` keeps those of its last lengths: a table takes a dozen small launches.
+    """
+    key = (dim, q_len, kv_len, block, device)
+    kept = _TABLES.get(rope)
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    cos, sin = rope(torch.arange(0, kv_len, block, device=device), dim)
+    offset = kv_len - q_len
+    if offset % block:
+        cos_q, sin_q = rope(torch.arange(offset, kv_len, block, device=device), dim)
+    else:
+        cos_q, sin_q = cos[offset // block :], sin[offset // block :]
+    _TABLES[rope] = key, (cos, sin, cos_q, sin_q)
+    return cos, sin, cos_q, sin_q

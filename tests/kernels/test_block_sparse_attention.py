@@ -274,17 +274,6 @@ def test_gradients_of_the_reference():
         assert torch.autograd.gradcheck(lambda *qkv, mask=mask: run("reference", *qkv, mask), leaves)
 
 
-def test_triton_refuses_to_lose_gradients(device):
-    mask = random_mask(device, 1, 2, 100, 100, 64, 64)
-    for n in range(3):
-        qkv = tensors(device)
-        qkv[n].requires_grad_()
-        with pytest.raises(ValueError, match="no backward yet"):
-            block_sparse_attention(*qkv, mask, impl="triton")
-        with torch.no_grad():
-            assert block_sparse_attention(*qkv, mask, impl="triton").isfinite().all()
-
-
 class LargestTensor(TorchDispatchMode):
     bytes = 0
 

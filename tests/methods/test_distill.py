@@ -156,6 +156,26 @@ def test_the_trainer_returns_dense_attention():
     assert torch.equal(out, expected) and ctx.mask is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("of", ["max", "mass"])
+def test_the_trainer_on_a_gpu_agrees_with_the_cpu(of):
+    q, k, v = torch.randn(1, 4, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+    spec, recipe = ModelSpec("tiny", layers=1, heads=4, kv_heads=2, head_dim=64), Recipe(loss=of, drop=0)
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = [x.to(device) for x in (q, k, v)]
+        positions = torch.arange(200, device=device)
+        ctx = LayerContext(
+            0, "prefill", 64**-0.5, moved[2], positions, rope=plain_rope(1e4), q=moved[0], k=moved[1],
+            _q_pre=moved[0], _k_pre=moved[1],
+        )  # fmt: skip
+        trainer = GateTrainer([gate.to(device) for gate in new_gates(spec, recipe)], recipe)
+        with torch.no_grad():
+            results.append((trainer.attend(*moved, ctx).cpu(), trainer.losses[0].cpu()))
+    for cpu, gpu in zip(*results):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypatch):
     model, tokens = tiny
     calls = []

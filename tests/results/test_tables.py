@@ -130,6 +130,23 @@ def test_speed_ratios(store):
     expected = {"speedup_fa2": 4.0, "speedup_cudnn": 2.0, "speedup_flex": 1.6, "of_best_dense": 0.4, "total_ms": 2.5}
     assert {name: values[name] for name in expected} == pytest.approx(expected)
     assert "total_p20_ms" in values and "p20" not in print_table(store.frame())
+    assert not [name for name in values.index if name.startswith(("attend_", "backward_")) or name == "of_matmul"]
+
+
+def test_speed_ratios_of_the_halves(store):
+    cell = dataclasses.replace(SEER, suite="speed", task="attention", device="H100", options={"backward": True})
+    times = {"total_ms": 2.5, "attend_ms": 2.0, "backward_ms": 4.0, "fa2_ms": 10.0, "fa4_ms": 4.0, "fa4_sparse_ms": 3.0}
+    times |= {"fa2_backward_ms": 30.0, "cudnn_backward_ms": 20.0, "flex_backward_ms": 8.0, "density": 0.1}
+    rates = {"tflops": 400.0, "attend_tflops": 500.0, "backward_tflops": 600.0, "matmul_tflops": 800.0}
+    scores = [Score("attention", "shape", name, value, "ms") for name, value in times.items()]
+    store.write(cell, scores + [Score("attention", "shape", name, value, "TFLOP/s") for name, value in rates.items()], {})
+    values = summary(store.frame()).set_index("metric")["value"]
+    expected = {"speedup_fa4": 1.6, "speedup_fa4_sparse": 1.2, "of_best_dense": 0.16, "of_matmul": 0.5}
+    expected |= {"attend_speedup_fa4": 2.0, "attend_speedup_fa4_sparse": 1.5, "attend_of_best_dense": 0.2}
+    expected |= {"attend_of_matmul": 0.625, "backward_speedup_fa2": 7.5, "backward_speedup_flex": 2.0}
+    expected |= {"backward_of_best_dense": 0.5, "backward_of_matmul": 0.75}
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert "backward_speedup_fa4" not in values and "fa4_backward_ms" not in values
 
 
 def test_leaderboard_has_a_row_per_method_and_params(store):
@@ -209,6 +226,9 @@ def test_tables_fit_a_terminal(store):
     names = ["total_ms", "select_ms", "attend_ms", "fa2_ms", "cudnn_ms", "flex_ms", "tflops", "peak_mb", "density"]
     store.write(dataclasses.replace(speed, method="dense"), [Score("attention", "s", "total_ms", 9.0, "ms")], {}, density=1.0)
     scores = [Score("attention", "s", name, 1234.5678 / (1 + 9 * i), "") for i, name in enumerate(names)]
+    more = ["fa3_ms", "fa4_ms", "fa4_sparse_ms", "matmul_tflops", "attend_tflops", "backward_ms", "fa2_backward_ms"]
+    widest = dataclasses.replace(speed, task="kernel_128x128", model="wide")
+    store.write(widest, scores + [Score("attention", "s", name, 1234.5678, "") for name in more], {}, density=0.123456)
     store.write(speed, scores, {"label": "minference(vertical=100)"}, density=0.5)
     text = print_table(store.frame())
     assert max(map(len, text.splitlines())) <= 120, text

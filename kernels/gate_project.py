@@ -1,0 +1,169 @@
+"""A learned gate's view of pooled blocks: one linear map per head, then RoPE. Op, reference, Triton kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import runs_triton
+
+
+def gate_project(
+    q: Tensor, k: Tensor, w_q: Tensor | None, w_k: Tensor, tables_q: tuple[Tensor, Tensor], tables_k: tuple[Tensor, Tensor],
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """R(q w_q) and R(k w_k): what SeerAttention's gate compares (Gao et al. 2024, arXiv 2410.13276, section 3.1).
+
+    Args:
+        q [B, H, NQ, C_q], k [B, H_kv, NK, C_k]: pooled blocks.
+        w_q [H, C_q, G], or None for no map (C_q = G);  w_k [H_w, C_k, G], H_w a multiple of H_kv: neighbouring heads of w_k
+            read the same head of k.
+        tables_q, tables_k: RoPE's cos and sin, fp32 [NQ or NK, R], R even and at most G, half-split: channels c and c + R / 2
+            turn together, those from R on stay.
+        impl: "auto" (Triton on CUDA, where no gradient is asked for) | "triton" | "reference".
+
+    Returns: [B, H, NQ, G] and [B, H_w, NK, G] in the weights' dtype. The reference computes in that dtype, the kernel in fp32
+        from operands of that dtype (fp32 ones as three TF32 products, which leaves an error near fp32's).
+    Raises: ValueError for shapes that do not fit together, an unknown impl, or a dtype that the kernel does not take.
+    """
+    for name, x, w, (cos, sin) in (("q", q, w_q, tables_q), ("k", k, w_k, tables_k)):
+        outer = w_k.shape[2]
+        if cos.shape != sin.shape or cos.shape[0] != x.shape[2] or cos.shape[1] > outer or cos.shape[1] % 2:
+            raise ValueError(
+                f"RoPE tables [blocks={x.shape[2]}, at most {outer}] of {name} expected, got cos {tuple(cos.shape)} and "
+                f"sin {tuple(sin.shape)}"
+            )
+        fits = x.shape[3] == outer if w is None else w.shape[0] % x.shape[1] == 0 and w.shape[1:] == (x.shape[3], outer)
+        if not fits:
+            raise ValueError(
+                f"the gate's map {None if w is None else tuple(w.shape)} does not fit pooled {name} {tuple(x.shape)}"
+            )
+    taken = w_k.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, w_q, w_k))
+    if not runs_triton(impl, taken and not trained and q.is_cuda):
+        return gate_project_reference(q, w_q, w_k.dtype, tables_q), gate_project_reference(k, w_k, w_k.dtype, tables_k)
+    if not taken:
+        raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32 weights, got {w_k.dtype}")
+    return _project_triton(q, k, w_q, w_k, tables_q, tables_k)
+
+
+def gate_project_reference(x: Tensor, w: Tensor | None, dtype: torch.dtype, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """The definition in torch, of one side; every step in the weights' dtype."""
+    x = x.to(dtype)
+    if w is not None:
+        x = x.repeat_interleave(w.shape[0] // x.shape[1], dim=1) @ w
+    half = tables[0].shape[1] // 2
+    (cos_a, cos_b), (sin_a, sin_b) = (table.to(dtype).split(half, dim=1) for table in tables)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos_a - b * sin_a, b * cos_b + a * sin_b, rest), dim=-1)
+
+
+@triton.jit
+def _rows(p, o_m, o_c, stride, m_m, limit):
+    """[BM, BC] of fp32 rows; o_c counts up to `limit`."""
+    return tl.load(p + o_m[:, None] * stride + o_c[None, :], mask=m_m[:, None] & (o_c < limit)[None, :], other=0.0)
+
+
+@triton.jit
+def _project_tile(
+    x, w, cos, sin, out, i_program, x_heads, out_heads, rows,
+    C: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = (rows + BM - 1) // BM
+    i_bh = i_program // tiles
+    i_h = i_bh % out_heads
+    i_x = i_bh // out_heads * x_heads + i_h // (out_heads // x_heads)
+    o_m = i_program % tiles * BM + tl.arange(0, BM)
+    m_m = o_m < rows
+    o_h = tl.arange(0, BH)
+    o_g = tl.arange(0, BG)
+    H: tl.constexpr = R // 2
+    x += i_x.to(tl.int64) * rows * C
+    out += i_bh.to(tl.int64) * rows * G
+    # The channels that RoPE turns together come as two tiles, those it leaves alone as a third.
+    if MAP:
+        w += i_h.to(tl.int64) * C * G
+        o_k = tl.arange(0, BK)
+        b_a = tl.zeros([BM, BH], tl.float32)
+        b_b = tl.zeros([BM, BH], tl.float32)
+        b_rest = tl.zeros([BM, BG], tl.float32)
+        for c in range(0, C, BK):
+            m_k = c + o_k < C
+            # [BM, BK]
+            b_x = _rows(x + c, o_m, o_k, C, m_m, C - c).to(w.dtype.element_ty)
+            # [BK, BH]
+            p_w = w + (c + o_k)[:, None] * G + o_h[None, :]
+            m_w = m_k[:, None] & (o_h < H)[None, :]
+            b_a = tl.dot(b_x, tl.load(p_w, mask=m_w, other=0.0), b_a, input_precision=PRECISION)
+            b_b = tl.dot(b_x, tl.load(p_w + H, mask=m_w, other=0.0), b_b, input_precision=PRECISION)
+            if R < G:
+                p_rest = w + R + (c + o_k)[:, None] * G + o_g[None, :]
+                b_w = tl.load(p_rest, mask=m_k[:, None] & (o_g < G - R)[None, :], other=0.0)
+                b_rest = tl.dot(b_x, b_w, b_rest, input_precision=PRECISION)
+    else:
+        b_a = _rows(x, o_m, o_h, C, m_m, H)
+        b_b = _rows(x + H, o_m, o_h, C, m_m, H)
+        b_rest = _rows(x + R, o_m, o_g, C, m_m, G - R)
+    b_cos = _rows(cos, o_m, o_h, R, m_m, H)
+    b_sin = _rows(sin, o_m, o_h, R, m_m, H)
+    p_out = out + o_m[:, None] * G + o_h[None, :]
+    m_out = m_m[:, None] & (o_h < H)[None, :]
+    tl.store(p_out, b_a * b_cos - b_b * b_sin, mask=m_out)
+    b_cos = _rows(cos + H, o_m, o_h, R, m_m, H)
+    b_sin = _rows(sin + H, o_m, o_h, R, m_m, H)
+    tl.store(p_out + H, b_b * b_cos + b_a * b_sin, mask=m_out)
+    if R < G:
+        tl.store(out + R + o_m[:, None] * G + o_g[None, :], b_rest, mask=m_m[:, None] & (o_g < G - R)[None, :])
+
+
+@triton.jit
+def gate_project_fwd_kernel(
+    q, k, w_q, w_k, cos_q, sin_q, cos_k, sin_k, q_out, k_out, k_programs, heads, kv_heads, w_heads, q_rows, k_rows,
+    CQ: tl.constexpr, CK: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, MAP_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BM blocks of one head, first those of k, whose map is always there and takes longer."""
+    i_program = tl.program_id(0)
+    if i_program < k_programs:
+        _project_tile(
+            k, w_k, cos_k, sin_k, k_out, i_program, kv_heads, w_heads, k_rows,
+            CK, G, R, BH, BG, BM, BK, True, PRECISION,
+        )  # fmt: skip
+    else:
+        _project_tile(
+            q, w_q, cos_q, sin_q, q_out, i_program - k_programs, heads, heads, q_rows,
+            CQ, G, R, BH, BG, BM, BK, MAP_Q, PRECISION,
+        )  # fmt: skip
+
+
+def _launch_options(w: Tensor, rows: int) -> dict[str, Any]:
+    """Few blocks: small tiles, so that every multiprocessor has some; many: larger ones, which read the weights less often."""
+    tile = dict(BM=32, num_warps=4) if rows <= 1024 else dict(BM=64, num_warps=4)
+    return tile | dict(BK=32, num_stages=3, PRECISION="tf32x3" if w.dtype == torch.float32 else "tf32")
+
+
+def _project_triton(
+    q: Tensor, k: Tensor, w_q: Tensor | None, w_k: Tensor, tables_q: tuple[Tensor, Tensor], tables_k: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    (batch, heads, q_rows, q_channels), (_, kv_heads, k_rows, k_channels) = q.shape, k.shape
+    outer, turned = w_k.shape[2], tables_k[0].shape[1]
+    if tables_q[0].shape[1] != turned:
+        raise ValueError(f"RoPE turns {tables_q[0].shape[1]} channels of q and {turned} of k")
+    q_out = torch.empty(batch, heads, q_rows, outer, dtype=w_k.dtype, device=q.device)
+    k_out = torch.empty(batch, w_k.shape[0], k_rows, outer, dtype=w_k.dtype, device=q.device)
+    options = _launch_options(w_k, k_rows)
+    k_programs = batch * w_k.shape[0] * triton.cdiv(k_rows, options["BM"])
+    q_programs = batch * heads * triton.cdiv(q_rows, options["BM"])
+    tables = (table.contiguous() for table in (*tables_q, *tables_k))
+    gate_project_fwd_kernel[(k_programs + q_programs,)](
+        q.contiguous(), k.contiguous(), w_k if w_q is None else w_q.contiguous(), w_k.contiguous(), *tables, q_out, k_out,
+        k_programs, heads, kv_heads, w_k.shape[0], q_rows, k_rows,
+        CQ=q_channels, CK=k_channels, G=outer, R=turned, BH=max(triton.next_power_of_2(turned // 2), 16),
+        BG=max(triton.next_power_of_2(outer - turned), 16), MAP_Q=w_q is not None, **options,
+    )  # fmt: skip
+    return q_out, k_out

@@ -1,0 +1,264 @@
+"""Gluon kernel of attention_with_map (sm_90): a producer warp and two consumers of 64 neighbouring rows of one head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .hopper_attention import HEAD_DIMS, _box
+from .hopper_kernels import ROWS, _barriers, _copy_in, _store_out
+from .launch import LOG2E
+
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names in Triton 3.9 and 3.6
+OPTIONS = dict(BN=128, STAGES_K=3, STAGES_V=3, num_warps=4, maxnreg=168)  # one program a multiprocessor
+TEAM_ROWS = 128  # of a program: two consumers
+TEAM = gl.constexpr(TEAM_ROWS // 64)
+PART = gl.constexpr(32)  # cells of the map that are read at a time
+KEYS = gl.constexpr(64)  # of a cell
+
+
+def hopper_applies(q: Tensor) -> bool:
+    """Whether launch() computes this: a GPU of compute capability 9.0, fp16 or bf16, D 64 or 128."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and q.shape[-1] in HEAD_DIMS and torch.cuda.get_device_capability(q.device) == (9, 0)
+
+
+@gluon.jit
+def _turns(units):
+    """How many units the program takes: to and fro over the programs, since units get shorter and all should have as much."""
+    programs = gl.num_programs(0)
+    last = units // programs
+    return last + (_unit_of_turn(last) < units).to(gl.int32)
+
+
+@gluon.jit
+def _unit_of_turn(turn):
+    i, programs = gl.program_id(0), gl.num_programs(0)
+    return turn * programs + gl.where(turn % 2 == 0, i, programs - 1 - i)
+
+
+@gluon.jit
+def _place(turn, plan, BN: gl.constexpr):
+    """(tile, batch, head, key of its first row, steps of BN keys, how many of them are masked); long rows first."""
+    _units, tiles, together, heads, _group, q_len, kv_len = plan
+    unit = _unit_of_turn(turn)
+    i = unit % (tiles * together)
+    i_tile = tiles - 1 - i // together
+    i_bh = unit // (tiles * together) * together + i % together
+    first_row = i_tile * (TEAM * ROWS) + kv_len - q_len
+    steps = gl.cdiv(gl.minimum(first_row + TEAM * ROWS, kv_len), BN)
+    return i_tile, i_bh // heads, i_bh % heads, first_row, steps, steps - (first_row + 1) // BN
+
+
+@gluon.jit
+def _fill(box, smem, full, empty, i, i_b, i_kv, token):
+    """The i-th keys or values of the producer, once both consumers have released their slot."""
+    STAGES: gl.constexpr = smem.shape[0]
+    slot = i % STAGES
+    mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(slot), smem.shape[1] * smem.shape[2] * 2)
+    _copy_in(box, i_b, i_kv, token, full.index(slot), smem.index(slot), True)
+
+
+@gluon.jit
+def _produce(q_box, k_box, v_box, ring, plan):
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = ring
+    BN: gl.constexpr = k_smem.shape[1]
+    i = 0
+    for turn in range(0, _turns(plan[0])):
+        i_tile, i_b, i_h, _first_row, steps, _masked = _place(turn, plan, BN)
+        i_kv = i_h // plan[4]
+        for t in range(0, steps):
+            token = (steps - 1 - t) * BN
+            _fill(k_box, k_smem, k_full, k_empty, i, i_b, i_kv, token)
+            if t == 0:
+                for w in gl.static_range(TEAM):
+                    mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+                    mbarrier.expect(q_full.index(w), ROWS * q_smem.shape[2] * 2)
+                    _copy_in(q_box, i_b, i_h, (i_tile * TEAM + w) * ROWS, q_full.index(w), q_smem.index(w), True)
+            _fill(v_box, v_smem, v_full, v_empty, i, i_b, i_kv, token)
+            i += 1
+
+
+@gluon.jit
+def _softmax_step(
+    b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS: gl.constexpr, MASKED: gl.constexpr
+):
+    """One step of the online softmax; of every row and cell the binary log of its largest exponential (or of their sum)
+    goes to slots. Returns probabilities, the factor of the old sums, the new maximum, the new sum."""
+    CELLS: gl.constexpr = b_s.shape[1] // KEYS
+    if MASKED:
+        o_key = token + o_n
+        b_s = gl.where((o_key < kv_len)[None, :] & (o_key[None, :] <= o_row[:, None]), b_s, float("-inf"))
+    # [64, CELLS]
+    b_top = gl.max(b_s.reshape([ROWS, CELLS, KEYS]), 2)
+    b_m_new = gl.maximum(b_m, gl.convert_layout(gl.max(b_top, 1), b_m.type.layout))
+    b_base = b_m_new * scale_log2
+    if MASKED:
+        b_base = gl.where(b_m_new == float("-inf"), 0.0, b_base)
+    b_alpha = gl.exp2(b_m * scale_log2 - b_base)
+    b_p = gl.exp2(b_s * scale_log2 - b_base[:, None])
+    L: gl.constexpr = b_top.type.layout
+    if MASS:
+        b_sums = gl.sum(b_p.reshape([ROWS, CELLS, KEYS]), 2)
+        b_sum = gl.convert_layout(gl.sum(b_sums, 1), b_m.type.layout)
+        b_seen = gl.log2(b_sums) + gl.convert_layout(b_base, gl.SliceLayout(1, L))[:, None]
+    else:
+        b_sum = gl.sum(b_p, 1)
+        b_seen = b_top * scale_log2
+    o_c = token // KEYS + gl.arange(0, CELLS, gl.SliceLayout(0, L))
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, L))
+    kept = (o_c < slot_tiles)[None, :] & (o_r >= 0)[:, None]
+    gl.store(slots + o_c[None, :] * (TEAM * ROWS) + o_r[:, None], b_seen, mask=kept)
+    return b_p, b_alpha, b_m_new, b_l * b_alpha + b_sum
+
+
+@gluon.jit
+def _score(b_q, smem, full, i, zeros):
+    """q k^T of the i-th step, under way."""
+    STAGES: gl.constexpr = smem.shape[0]
+    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
+    return warpgroup_mma(b_q, smem.index(i % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _step(
+    i, token, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles, scale_log2,
+    MASS: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """q k^T of this step and p v of the last one run while the softmax of this one is computed."""
+    _q_smem, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = ring
+    SK: gl.constexpr = k_smem.shape[0]
+    SV: gl.constexpr = v_smem.shape[0]
+    O: gl.constexpr = b_acc.type.layout
+    b_s = _score(b_q, k_smem, k_full, i, zeros)
+    b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    mbarrier.arrive(k_empty.index(i % SK), count=1)
+    b_p32, b_alpha, b_m, b_l = _softmax_step(
+        b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, MASKED
+    )  # fmt: skip
+    # Between softmax and the next wait: without it ptxas waits for p v before the softmax.
+    mbarrier.wait(v_full.index(i % SV), i // SV & 1)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
+    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
+    return gl.convert_layout(b_p32.to(b_q.dtype), gl.DotOperandLayout(0, O, 2)), b_m, b_l, b_acc
+
+
+@gluon.jit
+def _store_map(b_m, b_l, slots, p_row, row0, q_len, remembered, scale_log2, MASS: gl.constexpr):
+    """One row of cells, from what the row's steps have left in slots."""
+    E: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(0, E))
+    b_lse = gl.convert_layout(b_m * scale_log2 + gl.log2(b_l), gl.SliceLayout(0, E))
+    b_lse = gl.where(row0 + o_r < q_len, b_lse, float("inf"))  # rows after the last query hold no probability
+    _barrier()  # other threads of this warpgroup wrote what is read next
+    for c in range(0, remembered, PART):
+        o_c = c + gl.arange(0, PART, gl.SliceLayout(1, E))
+        held = (o_c < remembered)[:, None] & (o_r >= 0)[None, :]
+        # [PART, 64]
+        b_seen = gl.load(slots + o_c[:, None] * (TEAM * ROWS) + o_r[None, :], mask=held, other=float("-inf"))
+        b_p = gl.exp2(b_seen - b_lse[None, :])
+        gl.store(p_row + o_c, gl.sum(b_p, 1) if MASS else gl.max(b_p, 1), mask=(o_c < remembered) & (row0 < q_len))
+    _barrier()  # the next unit writes into slots
+
+
+@gluon.jit
+def _consume(
+    o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, W: gl.constexpr, MASS: gl.constexpr,
+):  # fmt: skip
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = ring
+    units, _tiles, _together, heads, _group, q_len, kv_len = plan
+    BN: gl.constexpr = k_smem.shape[1]
+    D: gl.constexpr = k_smem.shape[2]
+    SK: gl.constexpr = k_smem.shape[0]
+    SV: gl.constexpr = v_smem.shape[0]
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    slots += gl.program_id(0).to(gl.int64) * slot_tiles * (TEAM * ROWS) + W * ROWS
+    o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
+    zeros = gl.zeros([ROWS, BN], gl.float32, S)
+    b_q = q_smem.index(W)
+    i = 0
+    for turn in range(0, _turns(units)):
+        i_tile, i_b, i_h, first_row, steps, masked = _place(turn, plan, BN)
+        o_row = first_row + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        b_acc = gl.zeros([ROWS, D], gl.float32, O)
+        mbarrier.wait(q_full.index(W), turn & 1)
+        b_s = warpgroup_mma_wait(0, deps=[_score(b_q, k_smem, k_full, i, zeros)])
+        mbarrier.arrive(k_empty.index(i % SK), count=1)
+        b_p32, _b_alpha, b_m, b_l = _softmax_step(
+            b_s, b_m, b_l, (steps - 1) * BN, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, True
+        )  # fmt: skip
+        b_p = gl.convert_layout(b_p32.to(q_smem.dtype), P)
+        mbarrier.wait(v_full.index(i % SV), i // SV & 1)
+        i += 1
+        for t in range(1, masked):
+            b_p, b_m, b_l, b_acc = _step(
+                i, (steps - 1 - t) * BN, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles,
+                scale_log2, MASS, True,
+            )  # fmt: skip
+            i += 1
+        for t in range(masked, steps):
+            b_p, b_m, b_l, b_acc = _step(
+                i, (steps - 1 - t) * BN, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles,
+                scale_log2, MASS, False,
+            )  # fmt: skip
+            i += 1
+        b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
+        i_bh = i_b * heads + i_h
+        row0 = (i_tile * TEAM + W) * ROWS
+        _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, True)
+        mbarrier.arrive(q_empty.index(W), count=1)
+        p_row = cells + (i_bh.to(gl.int64) * gl.cdiv(q_len, ROWS) + row0 // ROWS) * width
+        end = gl.cdiv(gl.minimum(first_row + (W + 1) * ROWS, kv_len), KEYS)
+        _store_map(b_m, b_l, slots, p_row, row0, q_len, gl.minimum(end, slot_tiles), scale_log2, MASS)
+
+
+@gluon.jit(do_not_specialize=["units", "tiles", "q_len", "kv_len", "width", "slot_tiles"])
+def hopper_attention_with_map_kernel(
+    q_box, k_box, v_box, o_box, lse, cells, slots,
+    units, tiles, together, heads, group, q_len, kv_len, width, slot_tiles, scale_log2,
+    D: gl.constexpr, BN: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, MASS: gl.constexpr,
+):  # fmt: skip
+    """As attention_with_map_fwd_kernel; keys are walked from the last to the first, so that the masked ones come first."""
+    dtype: gl.constexpr = q_box.dtype
+    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    q_smem = gl.allocate_shared_memory(dtype, [TEAM, ROWS, D], TILE)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES_K, BN, D], TILE)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES_V, BN, D], TILE)
+    q_full, q_empty = _barriers(TEAM, 1), _barriers(TEAM, 1)
+    k_full, k_empty = _barriers(STAGES_K, 1), _barriers(STAGES_K, TEAM)
+    v_full, v_empty = _barriers(STAGES_V, 1), _barriers(STAGES_V, TEAM)
+    fence_async_shared()
+    ring = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    plan = (units, tiles, together, heads, group, q_len, kv_len)
+    gl.warp_specialize([
+        (_consume, (o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, 0, MASS)),
+        (_consume, (o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, 1, MASS)),
+        (_produce, (q_box, k_box, v_box, ring, plan)),
+    ], [4, 1], [240, 24])  # fmt: skip
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cells: Tensor, slots: Tensor, scale: float, mass: bool
+) -> None:
+    """Fills out, lse and the cells of the first slots.shape[1] key tiles; slots: fp32 [programs, key tiles, 128] of scratch."""
+    batch, heads, q_len, dim = q.shape
+    tiles, rows = -(-q_len // TEAM_ROWS), OPTIONS["BN"]
+    # All heads take turns: rows of one length run at the same time and read the same keys at about the same time.
+    together = heads
+    hopper_attention_with_map_kernel[(slots.shape[0],)](
+        _box(q, 64, dim), _box(k, rows, dim), _box(v, rows, dim), _box(out, 64, dim), lse, cells, slots,
+        tiles * batch * heads, tiles, together, heads, heads // k.shape[1], q_len, k.shape[2], cells.shape[3], slots.shape[1],
+        scale * LOG2E, D=dim, MASS=mass, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""Gluon kernels of hopper_attention.py (sm_90): tensor memory copies, mbarriers and asynchronous warpgroup products by hand.
+
+Every warpgroup computes 64 query rows. A list of blocks is walked from its end, the masked edge first, then from its start.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Gluon is experimental and renames: the first names are those of Triton 3.9, the others those of 3.6.
+RENAMED = gl.constexpr(hasattr(tma, "async_load"))
+_load = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
+_store = tma.async_store if RENAMED.value else tma.async_copy_shared_to_global
+ROWS = gl.constexpr(64)
+LN2 = gl.constexpr(0.6931471805599453)
+# Sizes that differ from call to call without a gain from code of their own.
+RUN_TIME = ("stride_mask_batch", "heads", "group", "mask_heads", "q_len", "kv_len", "tiles", "width", "units")
+
+
+@gluon.jit
+def _boxes(smem, box, N: gl.constexpr):
+    """A tile of smem as the N boxes [1, 1, rows, channels] that it consists of."""
+    TOKENS: gl.constexpr = box.block_shape[2]
+    COLUMNS: gl.constexpr = box.block_shape[3]
+    if RENAMED:
+        return smem.reinterpret(box.dtype, [N, 1, 1, TOKENS, COLUMNS], box.layout)
+    else:
+        return smem._reinterpret(box.dtype, [N, 1, 1, TOKENS, COLUMNS], box.layout)
+
+
+@gluon.jit
+def _copy_in(box, i_b, i_h, token, full, smem, pred):
+    """The tokens of one box [1, 1, N, D] to smem [N, D]."""
+    _load(box, [i_b, i_h, token, 0], full, _boxes(smem, box, 1).index(0), pred=pred)
+
+
+@gluon.jit
+def _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED: gl.constexpr):
+    """(probabilities [64, BN], factor of the old sums [64], new maximum, new sum) of one step of the online softmax."""
+    if MASKED:
+        b_s = gl.where(seen[None, :] & (o_key[None, :] <= o_row[:, None]), b_s, float("-inf"))
+    b_m_new = gl.maximum(b_m, gl.max(b_s, 1))
+    b_base = b_m_new * scale_log2
+    if MASKED:
+        b_base = gl.where(b_m_new == float("-inf"), 0.0, b_base)
+    b_alpha = gl.exp2(b_m * scale_log2 - b_base)
+    # The running maximum stays unscaled so that the scale folds into one multiply-add per logit.
+    b_p = gl.exp2(b_s * scale_log2 - b_base[:, None])
+    return b_p, b_alpha, b_m_new, b_l * b_alpha + gl.sum(b_p, 1)
+
+
+@gluon.jit
+def _store_out(b_acc, b_m, b_l, smem, o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE: gl.constexpr):
+    """Output rows through smem [64, D], which nothing reads any more; returns when smem may be written again."""
+    b_inv = gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, b_acc.type.layout))
+    smem.store((b_acc * b_inv[:, None]).to(o_box.dtype))
+    fence_async_shared()
+    _store(o_box, [i_b, i_h, row0, 0], _boxes(smem, o_box, 1).index(0))
+    if STORE_LSE:
+        o_m = row0 + gl.arange(0, ROWS, b_m.type.layout)
+        b_lse = (b_m * scale_log2 + gl.log2(b_l)) * LN2
+        gl.store(lse + i_bh.to(gl.int64) * q_len + o_m, b_lse, mask=o_m < q_len)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(N: gl.constexpr, count: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
+
+
+@gluon.jit
+def _solo_step(
+    i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
+    i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    BN: gl.constexpr = k_smem.shape[1]
+    BYTES: gl.constexpr = BN * k_smem.shape[2] * 2
+    O: gl.constexpr = b_acc.type.layout
+    ahead = i + STAGES
+    at = gl.where(ahead < edge, n - 1 - ahead, ahead - edge)
+    first = gl.load(kv_index + gl.minimum(at, width - 1)) * BN
+    o_key = o_n
+    if MASKED:
+        o_key = o_n + gl.load(kv_index + n - 1 - i) * BN
+    mbarrier.wait(k_full.index(slot), phase)
+    mbarrier.expect(k_full.index(slot), BYTES, pred=ahead < n)
+    b_s = warpgroup_mma(b_q, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    _copy_in(k_box, i_b, i_kv, first, k_full.index(slot), k_smem.index(slot), ahead < n)
+    b_p, b_alpha, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, o_key < kv_len, MASKED)
+    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
+    b_p = gl.convert_layout(b_p.to(k_box.dtype), gl.DotOperandLayout(0, O, 2))
+    mbarrier.wait(v_full.index(slot), phase)
+    mbarrier.expect(v_full.index(slot), BYTES, pred=ahead < n)
+    b_acc = warpgroup_mma(b_p, v_smem.index(slot), b_acc, is_async=True)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    _copy_in(v_box, i_b, i_kv, first, v_full.index(slot), v_smem.index(slot), ahead < n)
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return b_m, b_l, b_acc, slot, phase
+
+
+@gluon.jit(do_not_specialize=[*RUN_TIME[:-1], "edge"])
+def attention_solo_kernel(
+    q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
+    stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, scale_log2,
+    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
+):  # fmt: skip
+    """One program: one warpgroup, 64 rows of one head, no producer. Programs that share a multiprocessor hide its waits.
+
+    A copy is issued as soon as the product that read its buffer is done; mbarrier phases count how often a slot was filled.
+    With Q_IN_REGS q passes through the last buffer of V, which is filled afterwards.
+    """
+    dtype: gl.constexpr = q_box.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BYTES: gl.constexpr = BN * D * 2
+    i_tile = tiles - 1 - gl.program_id(0) // together  # long rows first
+    i_bh = gl.program_id(1) * together + gl.program_id(0) % together
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    i_kv = i_h // group
+    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * tiles + i_tile
+    kv_index += i_mask.to(gl.int64) * width
+    n = gl.load(kv_num + i_mask)
+    edge = gl.minimum(edge, n)
+
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
+    q_smem = v_smem.index(STAGES - 1) if Q_IN_REGS else gl.allocate_shared_memory(dtype, [ROWS, D], TILE)
+    q_full, k_full, v_full = _barriers(1, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
+    fence_async_shared()
+
+    mbarrier.expect(q_full.index(0), ROWS * D * 2)
+    _copy_in(q_box, i_b, i_h, i_tile * ROWS, q_full.index(0), q_smem, True)
+    first = 0
+    for s in gl.static_range(STAGES):
+        at = gl.where(s < edge, n - 1 - s, s - edge)
+        first = gl.load(kv_index + gl.minimum(at, width - 1)) * BN
+        mbarrier.expect(k_full.index(s), BYTES, pred=s < n)
+        _copy_in(k_box, i_b, i_kv, first, k_full.index(s), k_smem.index(s), s < n)
+        if s < STAGES - 1 or not Q_IN_REGS:
+            mbarrier.expect(v_full.index(s), BYTES, pred=s < n)
+            _copy_in(v_box, i_b, i_kv, first, v_full.index(s), v_smem.index(s), s < n)
+    mbarrier.wait(q_full.index(0), 0)
+    if Q_IN_REGS:
+        b_q = q_smem.load(gl.DotOperandLayout(0, S, 2))
+        fence_async_shared()
+        mbarrier.expect(v_full.index(STAGES - 1), BYTES, pred=n >= STAGES)
+        _copy_in(v_box, i_b, i_kv, first, v_full.index(STAGES - 1), v_smem.index(STAGES - 1), n >= STAGES)
+    else:
+        b_q = q_smem
+
+    o_row = i_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
+    o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
+    b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+    b_acc = gl.zeros([ROWS, D], gl.float32, O)
+    zeros = gl.zeros([ROWS, BN], gl.float32, S)
+    slot = 0
+    phase = 0
+    for i in range(0, edge):
+        b_m, b_l, b_acc, slot, phase = _solo_step(
+            i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
+            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES, True,
+        )  # fmt: skip
+    for i in range(edge, n):
+        b_m, b_l, b_acc, slot, phase = _solo_step(
+            i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
+            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES, False,
+        )  # fmt: skip
+    _store_out(b_acc, b_m, b_l, k_smem.index(0), o_box, lse, i_b, i_h, i_bh, i_tile * ROWS, q_len, scale_log2, STORE_LSE)
