@@ -225,9 +225,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor 
 
     real: bool [B, kv_len], keys that are no padding; for one query per row only.
     """
-    q_len, kv_len = q.shape[2], k.shape[2]
+    (batch, heads, q_len, dim), (_, kv_heads, kv_len, _) = q.shape, k.shape
     if q_len == 1:  # the heads of a GQA group become the queries of one head: k and v are read once and never repeated
-        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+        grouped = q.view(batch, kv_heads, -1, dim)
         mask = None if real is None else real[:, None, None, :]
         out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
         return out.reshape(q.shape)
@@ -235,7 +235,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor 
     if q_len < kv_len:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=q_len == kv_len, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=q_len == kv_len, scale=scale, enable_gqa=heads != kv_heads
     )
 
 

@@ -142,6 +142,8 @@ class _Attachment:
         self.states: dict[int, dict[int | None, dict[str, Any]]] = {}
         self.lengths: tuple[int, int] | None = None  # q_len, kv_len of the forward pass, as the mask function was told
         self.real: Tensor | None = None  # bool [B, kv_len] where a row of the batch is padded
+        # Phase and pairs of a forward pass that is dense and without padding: its cost of being attached should not be seen.
+        self.plain: tuple[str, int] | None = None
         self.decode_pairs = 0  # (query, key) pairs of the whole batch where every row brings one token
         self._rows: list[_Rows] | None = None
         self.positions: Tensor | None = None  # [1 or B, kv_len]: what the rotary embedding was given for every key
@@ -162,10 +164,13 @@ class _Attachment:
             raise ValueError("a sparse method needs a rotary embedding with one position per token (position_ids [B, q_len])")
         self.new_positions = positions
 
-    def plan(self, q_len: int, kv_len: int, real: Tensor | None) -> Tensor | None:
+    def plan(self, batch: int, q_len: int, kv_len: int, real: Tensor | None) -> Tensor | None:
         """Once per forward pass: where the padding is. Syncs with the GPU once when there is a padding mask."""
         self.lengths, self.real, self._rows, self.query_positions = (q_len, kv_len), None, None, None
+        self.plain = None
         if real is None:
+            if not self.phases:
+                self.plain = "decode" if q_len == 1 < kv_len else "prefill", batch * visible_pairs(q_len, kv_len)
             return None
         if real.shape[1] != kv_len:
             raise ValueError(f"the attention mask has {real.shape[1]} columns for {kv_len} keys")
@@ -197,9 +202,11 @@ class _Attachment:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """[B, H, q_len, D] of one layer."""
+        if self.plain is not None:
+            phase, pairs = self.plain
+            self.trace.add_dense(module.layer_idx, phase, q, pairs, phase not in self.method.phases)
+            return dense_attention(q, k, v, scale)
         q_len, kv_len, layer = q.shape[2], k.shape[2], module.layer_idx
-        if self.real is None and not self.phases:  # plain dense attention, whose cost of being attached should not be seen
-            return self._run(module, q, k, v, scale, {}, None, q_len == 1)
         self._update_positions(q_len, kv_len)
         if q_len == kv_len:
             self.states[layer] = defaultdict(dict)
@@ -301,7 +308,7 @@ def _mask(
         )
     if isinstance(q_offset, Tensor) or kv_offset or kv_length != q_offset + q_length:
         raise ValueError("a sparse method cannot run with a static or sliding cache: use DynamicCache")
-    return attachment.plan(q_length, kv_length, attention_mask)
+    return attachment.plan(batch_size, q_length, kv_length, attention_mask)
 
 
 AttentionInterface.register(NAME, _attention)
