@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mass import block_mass
-from .block_sparse_attention import resolve_impl
-from .launch import LOG2E, aligned
+from .block_sparse_attention import has_triton
+from .launch import LOG2E, aligned, runs_triton
 
 MAX_GROUPS = 128  # stride groups of a block; a tile of the kernel has as many columns
 SCRATCH_BYTES = 1 << 28  # the kernel's partial sums alive at a time
@@ -42,7 +42,7 @@ def antidiagonal_mass(q: Tensor, k: Tensor, scale: float, stride: int, block: in
     in fp32. The Triton kernels keep up to 256 MiB of partial sums, or those of one head, and copy a q or k of ragged length.
     Raises: ValueError for an unknown impl, or what the Triton kernels do not take.
     """
-    if resolve_impl(impl, q) == "triton":
+    if runs_triton(impl, has_triton(q)):
         return _triton_mass(q, k, scale, stride, block)
     return antidiagonal_mass_reference(q, k, scale, stride, block)
 

@@ -1,4 +1,4 @@
-"""Attention over the blocks of a BlockMask: op, reference, Triton kernel."""
+"""Attention over the blocks of a BlockMask: op, reference, portable Triton kernel (Hopper's is in hopper_attention.py)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mask import BlockMask
-from .launch import LOG2E, aligned, runs_triton
+from .hopper_attention import hopper_applies, hopper_forward, unsupported
+from .launch import LOG2E, aligned
 
 HEAD_DIMS = (64, 96, 128, 256)
 TILE_ROWS = 64  # queries that are computed together; masks with smaller query blocks run on the union of their lists
 L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while all heads take turns
 
 
-def resolve_impl(impl: str, q: Tensor) -> str:
-    """The implementation that `impl` means for q: "auto" is Triton on CUDA where head_dim is supported, else the reference.
+def resolve_impl(impl: str, q: Tensor, mask: BlockMask) -> str:
+    """The implementation that `impl` means for q [B, H, q_len, D] and a mask: "auto" is "hopper" on a GPU of compute capability
+    9.0 where that kernel computes this, else "triton" on CUDA where head_dim and dtype are supported, else "reference".
 
-    Raises: ValueError for an unknown name.
+    Raises: ValueError for an unknown name, or "hopper" where it is not possible.
     """
-    applies = q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype != torch.float64
-    return "triton" if runs_triton(impl, applies) else "reference"
+    if impl not in ("auto", "hopper", "triton", "reference"):
+        raise ValueError(f"impl is 'auto', 'hopper', 'triton' or 'reference', got {impl!r}")
+    if impl == "hopper" and not hopper_applies(q, mask):
+        raise ValueError(f"the Hopper kernel cannot run: {unsupported(q, mask) or f'no compute capability 9.0 on {q.device}'}")
+    if impl != "auto":
+        return impl
+    return "hopper" if hopper_applies(q, mask) else "triton" if has_triton(q) else "reference"
+
+
+def has_triton(q: Tensor) -> bool:
+    """Whether the portable kernels take q's device, dtype and head_dim."""
+    return q.is_cuda and q.shape[-1] in HEAD_DIMS and q.dtype != torch.float64
 
 
 def block_sparse_attention(
@@ -45,10 +57,10 @@ def block_sparse_attention(
         mask: batch B or 1; heads H, H_kv or 1.
         scale: logits factor > 0, 1 / sqrt(D) by default.
         return_lse: also return the natural-log sum of exponentials.
-        impl: "auto" | "triton" | "reference"; a named one never falls back.
+        impl: "auto" | "hopper" | "triton" | "reference" (resolve_impl); a named one never falls back.
 
     Returns: [B, H, q_len, D] in q's dtype, accumulated in fp32; with return_lse also lse [B, H, q_len] fp32.
-    Both are differentiable in q, k and v, through Triton once and with the same bits every time.
+    Both are differentiable in q, k and v, through the kernels once and with the same bits every time.
     Raises: ValueError when a query row would see no key, shapes or dtypes disagree, D is unsupported, or a gradient is needed
         that Triton has no kernel for (block_sparse_attention_backward.py says which).
     """
@@ -57,15 +69,16 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    if resolve_impl(impl, q) == "triton":
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            from .block_sparse_attention_backward import differentiable  # which imports this module
-
-            out, lse = differentiable(_triton_forward, q, k, v, mask, scale)
-        else:
-            out, lse = _triton_forward(q, k, v, mask, scale, return_lse)
-    else:
+    impl = resolve_impl(impl, q, mask)
+    forward = hopper_forward if impl == "hopper" else _triton_forward
+    if impl == "reference":
         out, lse = block_sparse_attention_reference(q, k, v, mask, scale)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        from .block_sparse_attention_backward import differentiable  # which imports this module
+
+        out, lse = differentiable(forward, q, k, v, mask, scale)
+    else:
+        out, lse = forward(q, k, v, mask, scale, return_lse)
     return (out, lse) if return_lse else out
 
 

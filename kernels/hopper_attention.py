@@ -16,7 +16,7 @@ BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 HEAD_DIMS = (64, 128)
 
 
-def hopper_applies(q: Tensor, k: Tensor, mask: BlockMask) -> bool:
+def hopper_applies(q: Tensor, mask: BlockMask) -> bool:
     """Whether hopper_forward computes this: a GPU of compute capability 9.0, fp16 or bf16, D 64 or 128, and a mask of plain
     tiled blocks of BLOCKS."""
     return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and not unsupported(q, mask)

@@ -250,7 +250,7 @@ class _Attachment:
         if ctx.mask is None:
             self.trace.add_dense(layer, phase, q, q.shape[0] * visible_pairs(q_len, kv_len))
         else:
-            self.trace.add(layer, phase, q, ctx.mask, resolve_impl("auto", q))
+            self.trace.add(layer, phase, q, ctx.mask, resolve_impl("auto", q, ctx.mask))
         return out
 
 

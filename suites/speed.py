@@ -103,7 +103,7 @@ class Speed(Suite):
 
 def kernel_of(case: Case) -> str:
     """The implementation that block_sparse_attention runs on `case`."""
-    return resolve_impl("auto", case.q)
+    return resolve_impl("auto", case.q, case.mask)
 
 
 def ours(case: Case) -> Kernel:

@@ -258,11 +258,21 @@ def test_bad_input_raises(device):
             block_sparse_attention(q, k, v, empty, impl=impl)
 
 
-def test_auto_is_triton_only_on_cuda(device):
-    q = torch.empty(1, 1, 4, 64, device=device)
-    assert resolve_impl("auto", q) == ("triton" if device == "cuda" else "reference")
-    assert resolve_impl("auto", torch.empty(1, 1, 4, 80, device=device)) == "reference"
-    assert resolve_impl("reference", q) == "reference" and resolve_impl("triton", q) == "triton"
+def test_auto_takes_the_fastest_kernel_that_computes_it(device):
+    mask = random_mask(device, 1, 1, 100, 100, 64, 64)
+    q = torch.empty(1, 1, 100, 64, device=device)
+    portable = "triton" if device == "cuda" else "reference"
+    hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    assert resolve_impl("auto", q, mask) == portable
+    assert resolve_impl("auto", q.half(), mask) == ("hopper" if hopper else portable)
+    assert resolve_impl("auto", q.half(), replace(mask, window=8)) == portable
+    assert resolve_impl("auto", torch.empty(1, 1, 100, 80, device=device), mask) == "reference"
+    for named in ("reference", "triton"):
+        assert resolve_impl(named, q.half(), mask) == named
+    with pytest.raises(ValueError, match=r"cannot run: dtype torch\.float32"):
+        resolve_impl("hopper", q, mask)
+    with pytest.raises(ValueError, match="'auto', 'hopper', 'triton' or 'reference', got 'cuda'"):
+        resolve_impl("cuda", q, mask)
 
 
 def test_gradients_of_the_reference():
