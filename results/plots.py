@@ -144,8 +144,8 @@ def _line(axes: Axes, method: str, points: pd.DataFrame, cost: str, color: Any) 
     sides = (points["quality"] - points["low"], points["high"] - points["quality"])
     bars = [side.clip(lower=0).fillna(0) for side in sides]
     look: dict[str, Any] = {"color": color, "marker": "o", "capsize": 2, "elinewidth": 0.8}
-    if method in FRAMING:
-        look |= {"color": "dimgray", "linestyle": "--", "marker": "v" if method == "oracle" else "^"}
+    if (frame := method.partition("(")[0]) in FRAMING:
+        look |= {"color": "dimgray", "linestyle": "--" if frame == method else ":", "marker": "v" if frame == "oracle" else "^"}
     far = method == "random" and points["metric"].iloc[0] == "perplexity"
     label = method + (f" (up to {points['quality'].max():.3g})" if far else "")
     axes.errorbar(points[cost], points["quality"], yerr=bars, label=label, **look)
