@@ -8,12 +8,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
+from .block_sparse_attention import L2_SHARE
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
 from .launch import LOG2E, aligned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 HEAD_DIMS = (64, 128)
+SHORT, MEDIUM = 8192, 32768  # tokens up to which a choice of launch_options was measured
 
 
 def hopper_applies(q: Tensor, k: Tensor, mask: BlockMask) -> bool:
@@ -87,20 +89,37 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
 
 
 def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
-    """Kernel and shape of a launch.
+    """Kernel and shape of a launch; measured on an H100 (B 1, 32 query and 8 KV heads, D 128, bf16, random blocks).
 
     together: heads (packs of PACK heads) that take turns in launch order. programs: how many share the work, None for one each.
-    Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor.
+    Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor, 128 four.
     """
-    group, mask_heads = q.shape[1] // k.shape[1], mask.kv_num_blocks.shape[1]
-    shared = group % 2 == 0 and mask_heads in (1, k.shape[1])  # neighbouring heads read the same keys of the same head
+    heads, kv_heads, kv_len, mask_heads = q.shape[1], k.shape[1], k.shape[2], mask.kv_num_blocks.shape[1]
+    group, short = heads // kv_heads, kv_len <= SHORT
+    shared = group % 2 == 0 and mask_heads in (1, kv_heads)  # neighbouring heads read the same keys of the same head
     if mask.q_block == 64 and not shared:
-        return dict(STAGES=2, Q_IN_REGS=True, together=1, num_warps=4, maxnreg=168)
+        # Heads of a group read the same K and V: 552 against 535 TFLOP/s at 32k, half kept; 487 against 509 at 128k, where
+        # one head's K and V overflow the cache and the group's programs only drift apart.
+        together = group if 2 * kv_len * k.shape[3] * k.element_size() <= L2_SHARE else 1
+        if short:  # seven blocks a row: a fourth program hides more of the others' starts and ends, 413 against 403
+            return dict(STAGES=1, Q_IN_REGS=False, together=together, num_warps=4, maxnreg=128)
+        # Long rows wait for the cache instead: a second stage is worth as much as the fourth program, or a little more.
+        return dict(STAGES=2, Q_IN_REGS=True, together=together, num_warps=4, maxnreg=168)
     pack = 2 if mask.q_block == 64 else 1
-    return dict(
+    # Three stages against two: 592 and 583 at 32k, 644 and 623 with half kept, 620 and 604 at 128k.
+    options = dict(
         BN=128, STAGES_K=3, STAGES_V=3, TEAM=2, PACK=pack, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, together=1,
         programs=None, num_warps=4, maxnreg=168,
     )  # fmt: skip
+    if pack == 1 and short:  # the next unit's loads run during the end of this one: 373 against 341
+        options |= dict(together=heads, programs=_multiprocessors(q.device))
+    elif pack == 1 and kv_len > MEDIUM:  # q from registers spares shared memory reads, its load delays the start: 628, 620
+        options |= dict(Q_IN_REGS=True)
+    return options
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
