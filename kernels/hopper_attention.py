@@ -11,6 +11,7 @@ from .block_mask import BlockMask
 from .block_sparse_attention import L2_SHARE
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
+from .hopper_union import attention_union_kernel, union_lists
 from .launch import LOG2E, aligned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
@@ -61,22 +62,36 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
-    mask_batch, mask_heads, tiles, width = index.shape
+    mask_batch, mask_heads, _, width = index.shape
     options = launch_options(q, k, mask)
-    # Whole blocks at the end of a row's list that may hold a key later than the block's first query.
-    edge = (mask.q_block + mask.kv_block - 3) // mask.kv_block + 1
-    if (mask.kv_len - mask.q_len) % max(mask.q_block, mask.kv_block) == 0:
-        edge = max(mask.q_block // mask.kv_block, 1)
+    solo, unions = "TEAM" not in options, "BN" not in options and "TEAM" in options
+    # Blocks (solo: tiles) at the end of a row's list that may hold a key later than the block's (tile's) first query.
+    q_block, kv_block = (64, 64) if solo else (mask.q_block, mask.kv_block)
+    edge = (q_block + kv_block - 3) // kv_block + 1
+    if (mask.kv_len - mask.q_len) % max(q_block, kv_block) == 0:
+        edge = max(q_block // kv_block, 1)
+    tiles = -(-mask.q_len // q_block)
     heads, together = q.shape[1], options.pop("together")
     tables = (
         lse, num, index, mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q.shape[2], k.shape[2],
         tiles, width, edge, together,
     )  # fmt: skip
     scale_log2, dim = scale * LOG2E, q.shape[3]
-    if "TEAM" not in options:
+    if solo:
         boxes = [_box(x, 64, dim) for x in (q, k, v, out)]
         grid = (tiles * together, q.shape[0] * heads // together)
-        attention_solo_kernel[grid](*boxes, *tables, scale_log2, D=dim, BN=mask.kv_block, STORE_LSE=store_lse, **options)
+        attention_solo_kernel[grid](
+            *boxes, *tables, scale_log2, D=dim, Q_BLOCK=mask.q_block, KV=mask.kv_block, STORE_LSE=store_lse, **options
+        )
+        return out, lse
+    if unions:
+        boxes, groups = [_box(x, 64, dim) for x in (q, k, v, out)], -(-tiles // options["TEAM"])
+        union_num, union = union_lists(num, index, -(-mask.kv_len // 64), options["TEAM"])
+        units = groups * q.shape[0] * heads
+        attention_union_kernel[(min(options.pop("programs") or units, units),)](
+            *boxes, lse, num, union_num, union, *tables[3:9], tiles, groups, union.shape[3], edge, together, units, scale_log2,
+            D=dim, STORE_LSE=store_lse, **options,
+        )  # fmt: skip
         return out, lse
     units = tiles * q.shape[0] * heads // options["PACK"]
     programs = min(options.pop("programs") or units, units)
@@ -92,6 +107,7 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
     """Kernel and shape of a launch; measured on an H100 (B 1, 32 query and 8 KV heads, D 128, bf16, random blocks).
 
     together: heads (packs of PACK heads) that take turns in launch order. programs: how many share the work, None for one each.
+    With TEAM and without BN, attention_union_kernel, for blocks of 64 x 64 that TEAM neighbouring rows list for themselves.
     Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor, 128 four.
     """
     heads, kv_heads, kv_len, mask_heads = q.shape[1], k.shape[1], k.shape[2], mask.kv_num_blocks.shape[1]

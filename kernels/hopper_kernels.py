@@ -80,19 +80,25 @@ def _barriers(N: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
+def _first_key(kv_index, at, width, BN: gl.constexpr, KV: gl.constexpr):
+    """First key of the at-th tile of BN keys of a list of blocks of KV keys; any tile for one beyond the list."""
+    at = gl.minimum(at, width * (KV // BN) - 1)
+    return gl.load(kv_index + at // (KV // BN)) * KV + at % (KV // BN) * BN
+
+
+@gluon.jit
 def _solo_step(
     i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
-    i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     BN: gl.constexpr = k_smem.shape[1]
     BYTES: gl.constexpr = BN * k_smem.shape[2] * 2
     O: gl.constexpr = b_acc.type.layout
     ahead = i + STAGES
-    at = gl.where(ahead < edge, n - 1 - ahead, ahead - edge)
-    first = gl.load(kv_index + gl.minimum(at, width - 1)) * BN
+    first = _first_key(kv_index, gl.where(ahead < edge, n - 1 - ahead, ahead - edge), width, BN, KV)
     o_key = o_n
     if MASKED:
-        o_key = o_n + gl.load(kv_index + n - 1 - i) * BN
+        o_key = o_n + _first_key(kv_index, n - 1 - i, width, BN, KV)
     mbarrier.wait(k_full.index(slot), phase)
     mbarrier.expect(k_full.index(slot), BYTES, pred=ahead < n)
     b_s = warpgroup_mma(b_q, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -117,14 +123,18 @@ def _solo_step(
 def attention_solo_kernel(
     q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
+    D: gl.constexpr, Q_BLOCK: gl.constexpr, KV: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGS: gl.constexpr,
+    STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """One program: one warpgroup, 64 rows of one head, no producer. Programs that share a multiprocessor hide its waits.
+
+    Blocks of Q_BLOCK rows and KV keys are computed in `tiles` of 64 rows and in tiles of 64 keys, `edge` of them masked.
 
     A copy is issued as soon as the product that read its buffer is done; mbarrier phases count how often a slot was filled.
     With Q_IN_REGS q passes through the last buffer of V, which is filled afterwards.
     """
     dtype: gl.constexpr = q_box.dtype
+    BN: gl.constexpr = 64
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -134,9 +144,13 @@ def attention_solo_kernel(
     i_b = i_bh // heads
     i_h = i_bh % heads
     i_kv = i_h // group
-    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * tiles + i_tile
+    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * gl.cdiv(q_len, Q_BLOCK) + i_tile * ROWS // Q_BLOCK
     kv_index += i_mask.to(gl.int64) * width
-    n = gl.load(kv_num + i_mask)
+    n = gl.load(kv_num + i_mask) * (KV // BN)
+    if Q_BLOCK > ROWS:  # what the row's last block holds after the last of these queries; an earlier block holds nothing
+        end = gl.minimum((i_tile + 1) * ROWS + kv_len - q_len, kv_len)
+        last = gl.load(kv_index + n // (KV // BN) - 1) * KV
+        n -= KV // BN - gl.maximum(gl.minimum(gl.cdiv(end - last, BN), KV // BN), 0)
     edge = gl.minimum(edge, n)
 
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
@@ -149,8 +163,7 @@ def attention_solo_kernel(
     _copy_in(q_box, i_b, i_h, i_tile * ROWS, q_full.index(0), q_smem, True)
     first = 0
     for s in gl.static_range(STAGES):
-        at = gl.where(s < edge, n - 1 - s, s - edge)
-        first = gl.load(kv_index + gl.minimum(at, width - 1)) * BN
+        first = _first_key(kv_index, gl.where(s < edge, n - 1 - s, s - edge), width, BN, KV)
         mbarrier.expect(k_full.index(s), BYTES, pred=s < n)
         _copy_in(k_box, i_b, i_kv, first, k_full.index(s), k_smem.index(s), s < n)
         if s < STAGES - 1 or not Q_IN_REGS:
@@ -176,11 +189,11 @@ def attention_solo_kernel(
     for i in range(0, edge):
         b_m, b_l, b_acc, slot, phase = _solo_step(
             i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
-            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES, True,
+            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV, STAGES, True,
         )  # fmt: skip
     for i in range(edge, n):
         b_m, b_l, b_acc, slot, phase = _solo_step(
             i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
-            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES, False,
+            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV, STAGES, False,
         )  # fmt: skip
     _store_out(b_acc, b_m, b_l, k_smem.index(0), o_box, lse, i_b, i_h, i_bh, i_tile * ROWS, q_len, scale_log2, STORE_LSE)
