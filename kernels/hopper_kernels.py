@@ -20,6 +20,16 @@ RENAMED = gl.constexpr(hasattr(tma, "async_load"))
 _load = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 _store = tma.async_store if RENAMED.value else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)
+# The four threads of each of 64 rows of a warpgroup's products.
+LANES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+)
 LN2 = gl.constexpr(0.6931471805599453)
 # Sizes that differ from call to call without a gain from code of their own.
 RUN_TIME = ("stride_mask_batch", "heads", "group", "mask_heads", "q_len", "kv_len", "tiles", "width", "units")
@@ -44,7 +54,10 @@ def _copy_in(box, i_b, i_h, token, full, smem, pred):
 
 @gluon.jit
 def _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED: gl.constexpr):
-    """(probabilities [64, BN], factor of the old sums [64], new maximum, new sum) of one step of the online softmax."""
+    """(probabilities [64, BN], factor of the old sums [64], new maximum [64], new sums [64, 4]) of one step.
+
+    The four threads that hold a row of logits add up their own part of it: _row_sums adds up the sums.
+    """
     if MASKED:
         b_s = gl.where(seen[None, :] & (o_key[None, :] <= o_row[:, None]), b_s, float("-inf"))
     b_m_new = gl.maximum(b_m, gl.max(b_s, 1))
@@ -54,7 +67,14 @@ def _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED: gl.cons
     b_alpha = gl.exp2(b_m * scale_log2 - b_base)
     # The running maximum stays unscaled so that the scale folds into one multiply-add per logit.
     b_p = gl.exp2(b_s * scale_log2 - b_base[:, None])
-    return b_p, b_alpha, b_m_new, b_l * b_alpha + gl.sum(b_p, 1)
+    b_alpha_4 = gl.convert_layout(b_alpha, gl.SliceLayout(1, LANES), assert_trivial=True)
+    b_sum = gl.sum(gl.sum(b_p.reshape([ROWS, b_p.shape[1] // 8, 4, 2]), 3), 1)
+    return b_p, b_alpha, b_m_new, b_l * b_alpha_4[:, None] + gl.convert_layout(b_sum, LANES, assert_trivial=True)
+
+
+@gluon.jit
+def _row_sums(b_l, b_m):
+    return gl.convert_layout(gl.sum(b_l, 1), b_m.type.layout)
 
 
 @gluon.jit
@@ -181,7 +201,7 @@ def attention_solo_kernel(
     o_row = i_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
     o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
     b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+    b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
     b_acc = gl.zeros([ROWS, D], gl.float32, O)
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
     slot = 0
@@ -196,4 +216,5 @@ def attention_solo_kernel(
             i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
             i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV, STAGES, False,
         )  # fmt: skip
+    b_l = _row_sums(b_l, b_m)
     _store_out(b_acc, b_m, b_l, k_smem.index(0), o_box, lse, i_b, i_h, i_bh, i_tile * ROWS, q_len, scale_log2, STORE_LSE)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_kernels import ROWS, RUN_TIME, _barriers, _boxes, _copy_in, _load, _softmax_step, _store_out
+from .hopper_kernels import LANES, ROWS, RUN_TIME, _barriers, _boxes, _copy_in, _load, _row_sums, _softmax_step, _store_out
 
 
 @gluon.jit
@@ -183,7 +183,7 @@ def _consume(
         i_h, row0 = _rows(i_tile, i_h, W, q_smem.shape[0], PACK)
         o_row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
         b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
         b_acc = gl.zeros([ROWS, D], gl.float32, O)
         b_p = gl.zeros([ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, O, 2))
         mbarrier.wait(q_full.index(W), turn & 1)
@@ -214,6 +214,7 @@ def _consume(
             b_acc = warpgroup_mma_wait(0, deps=[b_acc])
             mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
         i_bh = i_b * plan[4] + i_h
+        b_l = _row_sums(b_l, b_m)
         _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE)
         mbarrier.arrive(q_empty.index(W), count=1)
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_kernels import ROWS, RUN_TIME, _barriers, _copy_in, _softmax_step, _store_out
+from .hopper_kernels import LANES, ROWS, RUN_TIME, _barriers, _copy_in, _row_sums, _softmax_step, _store_out
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def _consume(args, W: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.const
         row0 = i_tile * ROWS
         o_row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
         b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
         b_acc = gl.zeros([ROWS, D], gl.float32, O)
         end = i + n_union
         entry = gl.load(union)
@@ -177,6 +177,7 @@ def _consume(args, W: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.const
             _pass_by(i, full, empty)
             i += 1
         i_bh = i_b * plan[4] + i_h
+        b_l = _row_sums(b_l, b_m)
         _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE)
         mbarrier.arrive(q_empty.index(W), count=1)
 
