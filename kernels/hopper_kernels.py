@@ -107,6 +107,19 @@ def _first_key(kv_index, at, width, BN: gl.constexpr, KV: gl.constexpr):
 
 
 @gluon.jit
+def _unit(turn):
+    """The unit of work of this program's turn, every second turn in reverse order: units come in order of their length."""
+    last = gl.num_programs(0) - 1
+    return turn * (last + 1) + gl.where(turn % 2 == 1, last - gl.program_id(0), gl.program_id(0))
+
+
+@gluon.jit
+def _turns(units):
+    whole = units // gl.num_programs(0)
+    return whole + (_unit(whole) < units).to(gl.int32)
+
+
+@gluon.jit
 def _solo_step(
     i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
     i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_kernels import LANES, ROWS, RUN_TIME, _barriers, _copy_in, _row_sums, _softmax_step, _store_out
+from .hopper_kernels import LANES, ROWS, RUN_TIME, _barriers, _copy_in, _row_sums, _softmax_step, _store_out, _turns, _unit
 
 
 @triton.jit
@@ -56,9 +56,10 @@ def union_lists(num: Tensor, index: Tensor, blocks: int, team: int) -> tuple[Ten
 
 
 @gluon.jit
-def _place(work, plan):
-    """(group of rows, batch, query head, KV head, list of its mask, blocks of its union, union) of a unit; long rows first."""
+def _place(turn, plan):
+    """(group of rows, batch, query head, KV head, mask's list, size of its union, union) of a turn's unit; long rows first."""
     union_num, union, groups, together, heads, group, stride_mask_batch, mask_heads, width = plan
+    work = _unit(turn)
     in_groups = work % (groups * together)
     i_group = groups - 1 - in_groups // together
     i_bh = work // (groups * together) * together + in_groups % together
@@ -77,9 +78,8 @@ def _produce(q_box, k_box, v_box, pipes, plan, units):
     BN: gl.constexpr = k_smem.shape[1]
     D: gl.constexpr = k_smem.shape[2]
     i = 0
-    for work in range(gl.program_id(0), units, gl.num_programs(0)):
-        turn = work // gl.num_programs(0)
-        i_group, i_b, i_h, i_kv, _, n, union = _place(work, plan)
+    for turn in range(0, _turns(units)):
+        i_group, i_b, i_h, i_kv, _, n, union = _place(turn, plan)
         entry = gl.load(union)
         for j in range(0, n):
             slot = i % STAGES
@@ -147,9 +147,8 @@ def _consume(args, W: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.const
     o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
     i = 0
-    for work in range(gl.program_id(0), units, gl.num_programs(0)):
-        turn = work // gl.num_programs(0)
-        i_group, i_b, i_h, _i_kv, i_list, n_union, union = _place(work, plan)
+    for turn in range(0, _turns(units)):
+        i_group, i_b, i_h, _i_kv, i_list, n_union, union = _place(turn, plan)
         i_tile = i_group * TEAM + W
         n = gl.load(kv_num + i_list * tiles + i_tile, mask=i_tile < tiles, other=0)
         row0 = i_tile * ROWS
@@ -191,7 +190,7 @@ def attention_union_kernel(
     """TEAM warpgroups of 64 neighbouring rows each, fed by one warp with the union of their lists of blocks of 64 keys.
 
     Each computes the blocks that its own row lists and passes by the others. With fewer programs than units of work each
-    takes every num_programs-th unit.
+    takes one of every num_programs.
     """
     dtype: gl.constexpr = q_box.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
