@@ -65,11 +65,8 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     mask_batch, mask_heads, _, width = index.shape
     options = launch_options(q, k, mask)
     solo, unions = "TEAM" not in options, "BN" not in options and "TEAM" in options
-    # Blocks (solo: tiles) at the end of a row's list that may hold a key later than the block's (tile's) first query.
     q_block, kv_block = (64, 64) if solo else (mask.q_block, mask.kv_block)
-    edge = (q_block + kv_block - 3) // kv_block + 1
-    if (mask.kv_len - mask.q_len) % max(q_block, kv_block) == 0:
-        edge = max(q_block // kv_block, 1)
+    edge = _edge(mask.kv_len - mask.q_len, q_block, kv_block)
     tiles = -(-mask.q_len // q_block)
     heads, together = q.shape[1], options.pop("together")
     tables = (
@@ -136,6 +133,13 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _edge(offset: int, q_block: int, kv_block: int) -> int:
+    """Whole blocks at the end of a row's list that may hold a key later than the row's first query. offset: the first row's position."""
+    if offset % max(q_block, kv_block) == 0:
+        return max(q_block // kv_block, 1)
+    return (q_block + kv_block - 3) // kv_block + 1
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
