@@ -136,7 +136,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _edge(offset: int, q_block: int, kv_block: int) -> int:
-    """Whole blocks at the end of a row's list that may hold a key later than the row's first query. offset: the first row's position."""
+    """Whole blocks at the end of a row's list that may hold a key later than the row's first query. offset: kv_len - q_len."""
     if offset % max(q_block, kv_block) == 0:
         return max(q_block // kv_block, 1)
     return (q_block + kv_block - 3) // kv_block + 1
