@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import runs_triton
+from .launch import Launch, power_of_2, runs_triton
 
 POOLS = ("max", "min", "avg")  # the order in which several poolings of a tensor are concatenated
-LAUNCH = dict(BN=64, num_warps=4)  # BN: tokens a program holds at a time
+# BN: tokens a program holds at a time. On an H100 128k tokens take 0.48 ms with 2 warps (2.8 TB/s), 0.64 with 4, 1.13 with 8 or
+# with 32 tokens; 8k take 0.045, 0.053, 0.079.
+LAUNCH = dict(BN=64, num_warps=2)
 
 
 def block_pool(x: Tensor, block: int, pools: Sequence[str] = ("avg",), impl: str = "auto") -> Tensor:
@@ -40,10 +44,7 @@ def block_pool_pair(
 
 def _pool(inputs: list[tuple[Tensor, tuple[str, ...]]], block: int, impl: str) -> list[Tensor]:
     for x, pools in inputs:
-        if not pools or pools != tuple(p for p in POOLS if p in pools):
-            raise ValueError(f"pools is a choice of {', '.join(POOLS)} in this order, got {pools}")
-        if x.shape[2] < 1 or block < 1:
-            raise ValueError(f"there must be tokens and blocks to pool, got {tuple(x.shape)} in blocks of {block}")
+        _check(x.shape, pools, block)
     taken = all(x.dtype in (torch.float16, torch.bfloat16, torch.float32) for x, _ in inputs)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x, _ in inputs)
     if not runs_triton(impl, taken and not trained and inputs[0][0].is_cuda):
@@ -51,6 +52,14 @@ def _pool(inputs: list[tuple[Tensor, tuple[str, ...]]], block: int, impl: str) -
     if not taken:
         raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32, got {', '.join(str(x.dtype) for x, _ in inputs)}")
     return _pool_triton(inputs, block)
+
+
+@functools.lru_cache(256)
+def _check(shape: tuple[int, ...], pools: tuple[str, ...], block: int) -> None:
+    if not pools or pools != tuple(p for p in POOLS if p in pools):
+        raise ValueError(f"pools is a choice of {', '.join(POOLS)} in this order, got {pools}")
+    if shape[2] < 1 or block < 1:
+        raise ValueError(f"there must be tokens and blocks to pool, got {tuple(shape)} in blocks of {block}")
 
 
 def block_pool_reference(x: Tensor, block: int, pools: Sequence[str]) -> Tensor:
@@ -131,23 +140,33 @@ def block_pool_fwd_kernel(
         )  # fmt: skip
 
 
-def _pool_triton(inputs: list[tuple[Tensor, tuple[str, ...]]], block: int) -> list[Tensor]:
-    inputs = [(x if x.stride(-1) == 1 else x.contiguous(), pools) for x, pools in inputs]
-    outs = [
-        torch.empty(*x.shape[:2], -(-x.shape[2] // block), len(pools) * x.shape[3], dtype=torch.float32, device=x.device)
-        for x, pools in inputs
-    ]
-    programs = [out.shape[0] * out.shape[1] * out.shape[2] for out in outs]
-    (q, q_pools), (k, k_pools) = inputs[0], inputs[-1]
-    dim = q.shape[3]
-    if k.shape[3] != dim:
-        raise ValueError(f"q and k must have the same channels, got {tuple(q.shape)} and {tuple(k.shape)}")
-    tile = min(triton.next_power_of_2(block), LAUNCH["BN"])
-    block_pool_fwd_kernel[(sum(programs),)](
-        q, k, outs[0], outs[-1], programs[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], block, D=dim, BD=triton.next_power_of_2(dim), SINGLE=block <= tile,
+@functools.lru_cache(256)
+def _launch(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...], single: bool,
+    q_pools: tuple[str, ...], k_pools: tuple[str, ...], block: int,
+) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """The launch, and the shapes of what it writes."""
+    (batch, q_heads, q_len, dim), (_, k_heads, k_len, k_dim) = q_shape, k_shape
+    if k_dim != dim:
+        raise ValueError(f"q and k must have the same channels, got {tuple(q_shape)} and {tuple(k_shape)}")
+    q_out = (batch, q_heads, -(-q_len // block), len(q_pools) * dim)
+    k_out = (k_shape[0], k_heads, -(-k_len // block), len(k_pools) * dim)
+    q_programs, k_programs = math.prod(q_out[:3]), 0 if single else math.prod(k_out[:3])
+    tile = min(power_of_2(block), LAUNCH["BN"])
+    launch = Launch(
+        block_pool_fwd_kernel, (q_programs + k_programs,), q_programs, q_heads, k_heads, q_len, k_len,
+        *q_strides[:3], *k_strides[:3], block, D=dim, BD=power_of_2(dim), SINGLE=block <= tile,
         Q_MAX="max" in q_pools, Q_MIN="min" in q_pools, Q_AVG="avg" in q_pools,
         K_MAX="max" in k_pools, K_MIN="min" in k_pools, K_AVG="avg" in k_pools,
         **(LAUNCH | {"BN": tile}),
     )  # fmt: skip
+    return launch, q_out, k_out
+
+
+def _pool_triton(inputs: list[tuple[Tensor, tuple[str, ...]]], block: int) -> list[Tensor]:
+    inputs = [(x if x.stride(-1) == 1 else x.contiguous(), pools) for x, pools in inputs]
+    (q, q_pools), (k, k_pools), single = inputs[0], inputs[-1], len(inputs) == 1
+    launch, *shapes = _launch(q.shape, k.shape, q.stride(), k.stride(), single, q_pools, k_pools, block)
+    outs = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes[: len(inputs)]]
+    launch(q, k, outs[0], outs[-1])
     return outs

@@ -152,12 +152,11 @@ def backward_of_keys(
     kv_heads, kv_len = k.shape[1:3]
     group, rows = heads // kv_heads, mask.kv_num_blocks.shape[2]
     blocks, lists_of_heads = triton.cdiv(kv_len, mask.kv_block), mask.kv_num_blocks.shape[1] // listed
-    options = dict(PARTS=PARTS, **_dkdv_options(q, mask)) if options is None else dict(options)
+    options = dict(parts=PARTS, **_dkdv_options(q, mask)) if options is None else dict(options)
     BM, BN, BD = options["BM"], options["BN"], triton.next_power_of_2(dim)
     tiles, tiles_of_entry = triton.cdiv(kv_len, BN), group // listed * (mask.q_block // BM)
-    limit = max(triton.cdiv(rows * listed, options["PARTS"]), LEAST_TILES // tiles_of_entry, 1)
+    limit = max(triton.cdiv(rows * listed, options.pop("parts")), LEAST_TILES // tiles_of_entry, 1)
     parts = triton.cdiv(rows * listed, limit)
-    options["PARTS"] = parts
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     slots = batch * kv_heads * tiles if parts > 1 else 0
     sums = torch.empty(slots, 2, BN, BD, dtype=torch.float32, device=k.device)
@@ -167,7 +166,7 @@ def backward_of_keys(
     block_sparse_attention_bwd_dkdv_kernel[(tiles * parts, batch * kv_heads)](
         _box(q, BM), _box(k, BN), _box(v, BN), _box(dout, BM), _box(dk, BN), _box(dv, BN), terms,
         start, entries, sums, turns, lists_of_heads if len(mask.kv_num_blocks) > 1 else 0, int(lists_of_heads > 1),
-        blocks, kv_heads, q_len, kv_len, terms.shape[3], limit, scale, scale * LOG2E,
+        blocks, kv_heads, q_len, kv_len, terms.shape[3], limit, parts, scale, scale * LOG2E,
         BD=BD, Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, GROUP=group, LISTED=listed,
         EDGE=triton.next_power_of_2(edge * listed), PRECISION=_precision(q), **_cut(mask), **options,
     )  # fmt: skip

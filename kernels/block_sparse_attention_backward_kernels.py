@@ -32,8 +32,9 @@ def _dq_tile(
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
-# An edge of known length 1 would make ptxas serialise every wgmma (C7511).
-@triton.jit(do_not_specialize=["edge_tiles"])
+# Sizes that differ from call to call would make a new kernel each, and an edge of known length 1 would make ptxas serialise
+# every wgmma (C7511).
+@triton.jit(do_not_specialize=["q_len", "kv_len", "rows", "width", "edge_tiles", "together"])
 def block_sparse_attention_bwd_dq_kernel(
     q_box, k_box, v_box, o_box, do_box, dq_box, lse, dlse, terms, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, rows, width, edge_tiles, together, scale, scale_log2,
@@ -114,12 +115,12 @@ def _dkdv_tile(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "q_len", "kv_len", "limit", "parts"])
 def block_sparse_attention_bwd_dkdv_kernel(
     q_box, k_box, v_box, do_box, dk_box, dv_box, terms, list_start, entries, sums, turns,
-    stride_list_batch, stride_list_head, blocks, kv_heads, q_len, kv_len, padded_len, limit, scale, scale_log2,
+    stride_list_batch, stride_list_head, blocks, kv_heads, q_len, kv_len, padded_len, limit, parts, scale, scale_log2,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, LISTED: tl.constexpr, EDGE: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, LISTED: tl.constexpr, EDGE: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BN keys of one KV head, over at most `limit` entries of the list of their key block.
@@ -127,10 +128,10 @@ def block_sparse_attention_bwd_dkdv_kernel(
     An entry is a query block of one of LISTED heads: of each of the GROUP query heads, or of all of them together. Entries
     ascend by query block, so those at the diagonal come first; they are masked, and go first (see the forward kernel). The
     rest goes from the end, so that programs that start together read the same queries at the same time.
-    A longer list has up to PARTS programs, which add to `sums` in turn: the order, and so every bit, is always the same.
+    A longer list has up to `parts` programs, which add to `sums` in turn: the order, and so every bit, is always the same.
     """
-    part = tl.program_id(0) % PARTS
-    i_tile = tl.program_id(0) // PARTS  # long lists first
+    part = tl.program_id(0) % parts
+    i_tile = tl.program_id(0) // parts  # long lists first
     i_b = tl.program_id(1) // kv_heads
     i_kv = tl.program_id(1) % kv_heads
     i_list = (i_b * stride_list_batch + i_kv * stride_list_head).to(tl.int64) * blocks + i_tile * BN // KV_BLOCK
@@ -186,7 +187,7 @@ def block_sparse_attention_bwd_dkdv_kernel(
 
     last = (part + 1) * limit >= listed
     if listed > limit:
-        slot = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // PARTS) + i_tile
+        slot = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // parts) + i_tile
         p_sum = sums + slot * 2 * BN * BD + tl.arange(0, BN)[:, None] * BD + tl.arange(0, BD)[None, :]
         turn = tl.atomic_add(turns + slot, 0, sem="acquire")
         while turn < part:  # earlier parts were launched earlier, so they run or have run

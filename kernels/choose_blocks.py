@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block_lists import FULL_WIDTH_BYTES, block_lists, causal_blocks
 from .block_mask import BlockMask
-from .launch import runs_triton
+from .launch import INTERPRETED, Launch, power_of_2, runs_triton
 
 MOST_BLOCKS = 8192  # key blocks of a row that the kernel holds in registers; longer contexts take the reference
 MOST_CHANNELS = 256
@@ -29,8 +29,8 @@ def choose_blocks(
     A row's own block is the one of its first query. A row of which that query would see nothing gets its own block on top.
 
     Args:
-        q [B, H, NQ, G], k [B, H_k, NK, G]: what stands for each block, H % H_k == 0; fp32 operands are multiplied with an
-            error near fp32's, others exactly; all sums are fp32.
+        q [B, H, NQ, G], k [B, H_k, NK, G]: what stands for each block, H % H_k == 0; all sums are fp32. Products are exact
+            but for fp32 operands in the kernel, which errs by at most 2^-16 of sum |q_c k_c|.
         q_len, kv_len, q_block, kv_block: tokens; q's last row sits at k's last row.
         width: blocks, at least 1; a row with fewer causal blocks keeps them all. Equal scores: the earlier block.
         threshold: strict. One below 0 keeps all.
@@ -42,7 +42,7 @@ def choose_blocks(
         take more than FULL_WIDTH_BYTES: learning the widest row syncs.
     Raises: ValueError for shapes that do not fit together, a width below 1, an unknown impl, or what the kernel cannot take.
     """
-    rows, blocks = triton.cdiv(q_len, q_block), triton.cdiv(kv_len, kv_block)
+    rows, blocks = -(-q_len // q_block), -(-kv_len // kv_block)
     if q.shape[2] != rows or k.shape[2] != blocks or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q [B, H, {rows}, G] and k [B, H_k, {blocks}, G] expected, got {tuple(q.shape)} and {tuple(k.shape)}")
     if width is not None and width < 1:
@@ -91,7 +91,7 @@ def choose_blocks_reference(
 def own_blocks(q_len: int, kv_len: int, q_block: int, kv_block: int, device=None) -> Tensor:
     """bool [NQ, NK]: the block of each row's first query, which every query of the row sees at least in part."""
     own = torch.arange(kv_len - q_len, kv_len, q_block, device=device) // kv_block
-    return own[:, None] == torch.arange(triton.cdiv(kv_len, kv_block), device=device)
+    return own[:, None] == torch.arange(-(-kv_len // kv_block), device=device)
 
 
 def complete_rows(chosen: Tensor, own: Tensor, last_dense: int) -> Tensor:
@@ -211,13 +211,21 @@ def choose_blocks_fwd_kernel(
         tl.debug_barrier()
 
 
-def _launch_options(q: Tensor, columns: int) -> dict[str, Any]:
+def _launch_options(dtype: torch.dtype, channels: int, columns: int, top: bool) -> dict[str, Any]:
     """`programs` per multiprocessor, whose registers `maxnreg` divides among them; BR: rows of `columns` scores held at a time,
-    16 scores a thread where one row is not more. fp32 is split into TF32 parts, which takes registers and smaller tiles."""
-    exact, warps = q.dtype == torch.float32, 8 if columns > 2048 else 4
-    programs = dict(programs=8 // warps, maxnreg=255) if exact and q.shape[3] > 128 else dict(programs=12 // warps, maxnreg=168)
-    tile = dict(BM=16, BN=32 if exact else 64, BR=min(max(16 * 32 * warps // columns, 1), 16), FLOAT_STEPS=16)
-    return tile | programs | dict(PRECISION="tf32x3" if exact else "tf32", num_warps=warps, num_stages=2)
+    32 scores a thread where one row is not more.
+
+    On an H100 with TF32 products, 8, 4 and 2 warps: 128 columns 0.0174, 0.0204, 0.0275 ms; 512: 0.171, 0.125, 0.116; 2048:
+    1.85, 1.29, 1.19. Three bf16 products take 6 % longer than one TF32 product, three TF32 products 30 %.
+    """
+    few = 2048 if top else 1024  # a threshold's sums take registers
+    warps = 8 if columns <= 128 or columns > 2 * few else 2 if columns <= few else 4
+    tile = dict(BM=16, BN=32 if warps == 2 else 64, BR=min(max(32 * 32 * warps // columns, 1), 16), FLOAT_STEPS=16)
+    together, maxnreg = (8, 255) if channels > 128 else (16, 128) if columns <= 128 else (12, 168)
+    programs = dict(programs=together // warps, maxnreg=maxnreg)
+    split = dtype == torch.float32 and not INTERPRETED  # the interpreter is exact and does not know the word
+    precision = "bf16x3" if split else "tf32"
+    return tile | programs | dict(PRECISION=precision, num_warps=warps, num_stages=2)
 
 
 @functools.lru_cache
@@ -225,35 +233,53 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.lru_cache(256)
+def _launch(
+    q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int, int],
+    width: int | None, threshold: float, scale: float, first_dense: int, diagonal: bool, columns: int | None,
+) -> tuple[Launch, tuple[int, int, int]]:  # fmt: skip
+    """The launch for these shapes, which writes lists of `columns` blocks, or counts alone (None); the shape of its scratch."""
+    (batch, heads, rows, channels), (k_heads, blocks), (q_len, kv_len, q_block, kv_block) = q, k[1:3], sizes
+    held = power_of_2(max(blocks, 64))
+    options = _launch_options(dtype, channels, held, width is not None)
+    tiles = batch * heads * -(-rows // options["BM"])
+    programs = min(options.pop("programs") * _multiprocessors(device), tiles)
+    launch = Launch(
+        choose_blocks_fwd_kernel, (programs,), tiles, batch * heads, heads, k_heads, rows, blocks, width or 0, columns or 0,
+        threshold, scale, kv_len - q_len, kv_len, first_dense, q_block, kv_block,
+        G=channels, BG=power_of_2(max(channels, 16)), TOP=width is not None, DIAGONAL=diagonal,
+        COMPLETE=width is None or not _aligned(*sizes), LIST=columns is not None, NC=held, **options,
+    )  # fmt: skip
+    return launch, (programs, options["BM"], held)
+
+
+def _aligned(q_len: int, kv_len: int, q_block: int, kv_block: int) -> bool:
+    """Whether all queries of a row see the same blocks, each at least in part."""
+    return (kv_len - q_len) % kv_block == 0 and kv_block % q_block == 0
+
+
 def _choose_triton(
     q: Tensor, k: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, width: int | None, threshold: float,
     scale: float, last_dense: int, diagonal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k = q.contiguous(), k.contiguous()
-    (batch, heads, rows, channels), (k_heads, blocks), offset = q.shape, k.shape[1:3], kv_len - q_len
+    rows, blocks, sizes = q.shape[2], k.shape[2], (q_len, kv_len, q_block, kv_block)
     first_dense = max(rows - last_dense, 0)
-    aligned = offset % kv_block == 0 and kv_block % q_block == 0  # then a row's queries see the same blocks
-    held = max(triton.next_power_of_2(blocks), 64)
-    options = _launch_options(q, held)
-    tiles = batch * heads * triton.cdiv(rows, options["BM"])
-    programs = min(options.pop("programs") * _multiprocessors(q.device), tiles)
-    scores = torch.empty(programs, options["BM"], held, dtype=torch.float32, device=q.device)
-    num = torch.empty(batch, heads, rows, dtype=torch.int32, device=q.device)
+    num = torch.empty(q.shape[:3], dtype=torch.int32, device=q.device)
 
-    def run(index: Tensor | None) -> None:
-        choose_blocks_fwd_kernel[(programs,)](
-            q, k, scores, num, num if index is None else index, tiles, batch * heads, heads, k_heads, rows, blocks,
-            width or 0, 0 if index is None else index.shape[-1], threshold, scale, offset, kv_len, first_dense, q_block,
-            kv_block, G=channels, BG=max(triton.next_power_of_2(channels), 16), TOP=width is not None, DIAGONAL=diagonal,
-            COMPLETE=width is None or not aligned, LIST=index is not None, NC=held, **options,
-        )  # fmt: skip
+    def run(columns: int | None) -> Tensor:
+        launch, scratch = _launch(
+            q.shape, k.shape, q.dtype, q.device, sizes, width, float(threshold), float(scale), first_dense, diagonal, columns
+        )
+        scores = torch.empty(scratch, dtype=torch.float32, device=q.device)
+        index = num if columns is None else torch.empty((*q.shape[:3], columns), dtype=torch.int32, device=q.device)
+        launch(q, k, scores, num, index)
+        return index
 
     columns = blocks
     if width is not None and first_dense == rows:
-        columns = min(width + (not aligned), blocks)
+        columns = min(width + (not _aligned(*sizes)), blocks)
     elif width is None and 4 * num.numel() * blocks > FULL_WIDTH_BYTES:
         run(None)
         columns = int(num.max())
-    index = torch.empty(batch, heads, rows, columns, dtype=torch.int32, device=q.device)
-    run(index)
-    return num, index
+    return num, run(columns)

@@ -8,12 +8,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
+from .block_sparse_attention import L2_SHARE
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
+from .hopper_union import attention_union_kernel, union_lists
 from .launch import LOG2E, aligned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 HEAD_DIMS = (64, 128)
+SHORT, MEDIUM = 8192, 32768  # tokens up to which a choice of launch_options was measured
 
 
 def hopper_applies(q: Tensor, mask: BlockMask) -> bool:
@@ -59,22 +62,33 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3] if store_lse else 0, dtype=torch.float32, device=q.device)
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
-    mask_batch, mask_heads, tiles, width = index.shape
+    mask_batch, mask_heads, _, width = index.shape
     options = launch_options(q, k, mask)
-    # Whole blocks at the end of a row's list that may hold a key later than the block's first query.
-    edge = (mask.q_block + mask.kv_block - 3) // mask.kv_block + 1
-    if (mask.kv_len - mask.q_len) % max(mask.q_block, mask.kv_block) == 0:
-        edge = max(mask.q_block // mask.kv_block, 1)
+    solo, unions = "TEAM" not in options, "BN" not in options and "TEAM" in options
+    q_block, kv_block = (64, 64) if solo else (mask.q_block, mask.kv_block)
+    edge = _edge(mask.kv_len - mask.q_len, q_block, kv_block)
+    tiles = -(-mask.q_len // q_block)
     heads, together = q.shape[1], options.pop("together")
     tables = (
         lse, num, index, mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q.shape[2], k.shape[2],
         tiles, width, edge, together,
     )  # fmt: skip
     scale_log2, dim = scale * LOG2E, q.shape[3]
-    if "TEAM" not in options:
+    if solo:
         boxes = [_box(x, 64, dim) for x in (q, k, v, out)]
         grid = (tiles * together, q.shape[0] * heads // together)
-        attention_solo_kernel[grid](*boxes, *tables, scale_log2, D=dim, BN=mask.kv_block, STORE_LSE=store_lse, **options)
+        attention_solo_kernel[grid](
+            *boxes, *tables, scale_log2, D=dim, Q_BLOCK=mask.q_block, KV=mask.kv_block, STORE_LSE=store_lse, **options
+        )
+        return out, lse
+    if unions:
+        boxes, groups = [_box(x, 64, dim) for x in (q, k, v, out)], -(-tiles // options["TEAM"])
+        union_num, union = union_lists(num, index, -(-mask.kv_len // 64), options["TEAM"])
+        units = groups * q.shape[0] * heads
+        attention_union_kernel[(min(options.pop("programs") or units, units),)](
+            *boxes, lse, num, union_num, union, *tables[3:9], tiles, groups, union.shape[3], edge, together, units, scale_log2,
+            D=dim, STORE_LSE=store_lse, **options,
+        )  # fmt: skip
         return out, lse
     units = tiles * q.shape[0] * heads // options["PACK"]
     programs = min(options.pop("programs") or units, units)
@@ -87,20 +101,45 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
 
 
 def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
-    """Kernel and shape of a launch.
+    """Kernel and shape of a launch; measured on an H100 (B 1, 32 query and 8 KV heads, D 128, bf16, random blocks).
 
     together: heads (packs of PACK heads) that take turns in launch order. programs: how many share the work, None for one each.
-    Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor.
+    With TEAM and without BN, attention_union_kernel, for blocks of 64 x 64 that TEAM neighbouring rows list for themselves.
+    Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor, 128 four.
     """
-    group, mask_heads = q.shape[1] // k.shape[1], mask.kv_num_blocks.shape[1]
-    shared = group % 2 == 0 and mask_heads in (1, k.shape[1])  # neighbouring heads read the same keys of the same head
+    heads, kv_heads, kv_len, mask_heads = q.shape[1], k.shape[1], k.shape[2], mask.kv_num_blocks.shape[1]
+    group, short = heads // kv_heads, kv_len <= SHORT
+    shared = group % 2 == 0 and mask_heads in (1, kv_heads)  # neighbouring heads read the same keys of the same head
     if mask.q_block == 64 and not shared:
-        return dict(STAGES=2, Q_IN_REGS=True, together=1, num_warps=4, maxnreg=168)
+        # Heads of a group read the same K and V: 552 against 535 TFLOP/s at 32k, half kept; 487 against 509 at 128k, where
+        # one head's K and V overflow the cache and the group's programs only drift apart.
+        together = group if 2 * kv_len * k.shape[3] * k.element_size() <= L2_SHARE else 1
+        if short:  # seven blocks a row: a fourth program hides more of the others' starts and ends, 413 against 403
+            return dict(STAGES=1, Q_IN_REGS=False, together=together, num_warps=4, maxnreg=128)
+        # Long rows wait for the cache instead: a second stage is worth as much as the fourth program, or a little more.
+        return dict(STAGES=2, Q_IN_REGS=True, together=together, num_warps=4, maxnreg=168)
     pack = 2 if mask.q_block == 64 else 1
-    return dict(
+    # Three stages against two: 592 and 583 at 32k, 644 and 623 with half kept, 620 and 604 at 128k.
+    options = dict(
         BN=128, STAGES_K=3, STAGES_V=3, TEAM=2, PACK=pack, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, together=1,
         programs=None, num_warps=4, maxnreg=168,
     )  # fmt: skip
+    if pack == 1 and short:  # the next unit's loads run during the end of this one: 373 against 341
+        options |= dict(together=heads, programs=_multiprocessors(q.device))
+    elif pack == 1 and kv_len > MEDIUM:  # q from registers spares shared memory reads, its load delays the start: 628, 620
+        options |= dict(Q_IN_REGS=True)
+    return options
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _edge(offset: int, q_block: int, kv_block: int) -> int:
+    """Whole blocks at the end of a row's list that may hold a key later than the row's first query. offset: kv_len - q_len."""
+    if offset % max(q_block, kv_block) == 0:
+        return max(q_block // kv_block, 1)
+    return (q_block + kv_block - 3) // kv_block + 1
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -20,6 +20,16 @@ RENAMED = gl.constexpr(hasattr(tma, "async_load"))
 _load = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 _store = tma.async_store if RENAMED.value else tma.async_copy_shared_to_global
 ROWS = gl.constexpr(64)
+# The four threads of each of 64 rows of a warpgroup's products.
+LANES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+)
 LN2 = gl.constexpr(0.6931471805599453)
 # Sizes that differ from call to call without a gain from code of their own.
 RUN_TIME = ("stride_mask_batch", "heads", "group", "mask_heads", "q_len", "kv_len", "tiles", "width", "units")
@@ -44,7 +54,10 @@ def _copy_in(box, i_b, i_h, token, full, smem, pred):
 
 @gluon.jit
 def _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED: gl.constexpr):
-    """(probabilities [64, BN], factor of the old sums [64], new maximum, new sum) of one step of the online softmax."""
+    """(probabilities [64, BN], factor of the old sums [64], new maximum [64], new sums [64, 4]) of one step.
+
+    The four threads that hold a row of logits add up their own part of it: _row_sums adds up the sums.
+    """
     if MASKED:
         b_s = gl.where(seen[None, :] & (o_key[None, :] <= o_row[:, None]), b_s, float("-inf"))
     b_m_new = gl.maximum(b_m, gl.max(b_s, 1))
@@ -54,7 +67,14 @@ def _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED: gl.cons
     b_alpha = gl.exp2(b_m * scale_log2 - b_base)
     # The running maximum stays unscaled so that the scale folds into one multiply-add per logit.
     b_p = gl.exp2(b_s * scale_log2 - b_base[:, None])
-    return b_p, b_alpha, b_m_new, b_l * b_alpha + gl.sum(b_p, 1)
+    b_alpha_4 = gl.convert_layout(b_alpha, gl.SliceLayout(1, LANES), assert_trivial=True)
+    b_sum = gl.sum(gl.sum(b_p.reshape([ROWS, b_p.shape[1] // 8, 4, 2]), 3), 1)
+    return b_p, b_alpha, b_m_new, b_l * b_alpha_4[:, None] + gl.convert_layout(b_sum, LANES, assert_trivial=True)
+
+
+@gluon.jit
+def _row_sums(b_l, b_m):
+    return gl.convert_layout(gl.sum(b_l, 1), b_m.type.layout)
 
 
 @gluon.jit
@@ -80,19 +100,38 @@ def _barriers(N: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
+def _first_key(kv_index, at, width, BN: gl.constexpr, KV: gl.constexpr):
+    """First key of the at-th tile of BN keys of a list of blocks of KV keys; any tile for one beyond the list."""
+    at = gl.minimum(at, width * (KV // BN) - 1)
+    return gl.load(kv_index + at // (KV // BN)) * KV + at % (KV // BN) * BN
+
+
+@gluon.jit
+def _unit(turn):
+    """The unit of work of this program's turn, every second turn in reverse order: units come in order of their length."""
+    last = gl.num_programs(0) - 1
+    return turn * (last + 1) + gl.where(turn % 2 == 1, last - gl.program_id(0), gl.program_id(0))
+
+
+@gluon.jit
+def _turns(units):
+    whole = units // gl.num_programs(0)
+    return whole + (_unit(whole) < units).to(gl.int32)
+
+
+@gluon.jit
 def _solo_step(
     i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
-    i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     BN: gl.constexpr = k_smem.shape[1]
     BYTES: gl.constexpr = BN * k_smem.shape[2] * 2
     O: gl.constexpr = b_acc.type.layout
     ahead = i + STAGES
-    at = gl.where(ahead < edge, n - 1 - ahead, ahead - edge)
-    first = gl.load(kv_index + gl.minimum(at, width - 1)) * BN
+    first = _first_key(kv_index, gl.where(ahead < edge, n - 1 - ahead, ahead - edge), width, BN, KV)
     o_key = o_n
     if MASKED:
-        o_key = o_n + gl.load(kv_index + n - 1 - i) * BN
+        o_key = o_n + _first_key(kv_index, n - 1 - i, width, BN, KV)
     mbarrier.wait(k_full.index(slot), phase)
     mbarrier.expect(k_full.index(slot), BYTES, pred=ahead < n)
     b_s = warpgroup_mma(b_q, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -117,14 +156,18 @@ def _solo_step(
 def attention_solo_kernel(
     q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
+    D: gl.constexpr, Q_BLOCK: gl.constexpr, KV: gl.constexpr, STAGES: gl.constexpr, Q_IN_REGS: gl.constexpr,
+    STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """One program: one warpgroup, 64 rows of one head, no producer. Programs that share a multiprocessor hide its waits.
+
+    Blocks of Q_BLOCK rows and KV keys are computed in `tiles` of 64 rows and in tiles of 64 keys, `edge` of them masked.
 
     A copy is issued as soon as the product that read its buffer is done; mbarrier phases count how often a slot was filled.
     With Q_IN_REGS q passes through the last buffer of V, which is filled afterwards.
     """
     dtype: gl.constexpr = q_box.dtype
+    BN: gl.constexpr = 64
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -134,9 +177,13 @@ def attention_solo_kernel(
     i_b = i_bh // heads
     i_h = i_bh % heads
     i_kv = i_h // group
-    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * tiles + i_tile
+    i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * gl.cdiv(q_len, Q_BLOCK) + i_tile * ROWS // Q_BLOCK
     kv_index += i_mask.to(gl.int64) * width
-    n = gl.load(kv_num + i_mask)
+    n = gl.load(kv_num + i_mask) * (KV // BN)
+    if Q_BLOCK > ROWS:  # what the row's last block holds after the last of these queries; an earlier block holds nothing
+        end = gl.minimum((i_tile + 1) * ROWS + kv_len - q_len, kv_len)
+        last = gl.load(kv_index + n // (KV // BN) - 1) * KV
+        n -= KV // BN - gl.maximum(gl.minimum(gl.cdiv(end - last, BN), KV // BN), 0)
     edge = gl.minimum(edge, n)
 
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], TILE)
@@ -149,8 +196,7 @@ def attention_solo_kernel(
     _copy_in(q_box, i_b, i_h, i_tile * ROWS, q_full.index(0), q_smem, True)
     first = 0
     for s in gl.static_range(STAGES):
-        at = gl.where(s < edge, n - 1 - s, s - edge)
-        first = gl.load(kv_index + gl.minimum(at, width - 1)) * BN
+        first = _first_key(kv_index, gl.where(s < edge, n - 1 - s, s - edge), width, BN, KV)
         mbarrier.expect(k_full.index(s), BYTES, pred=s < n)
         _copy_in(k_box, i_b, i_kv, first, k_full.index(s), k_smem.index(s), s < n)
         if s < STAGES - 1 or not Q_IN_REGS:
@@ -168,7 +214,7 @@ def attention_solo_kernel(
     o_row = i_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
     o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
     b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+    b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
     b_acc = gl.zeros([ROWS, D], gl.float32, O)
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
     slot = 0
@@ -176,11 +222,12 @@ def attention_solo_kernel(
     for i in range(0, edge):
         b_m, b_l, b_acc, slot, phase = _solo_step(
             i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
-            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES, True,
+            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV, STAGES, True,
         )  # fmt: skip
     for i in range(edge, n):
         b_m, b_l, b_acc, slot, phase = _solo_step(
             i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
-            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, STAGES, False,
+            i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV, STAGES, False,
         )  # fmt: skip
+    b_l = _row_sums(b_l, b_m)
     _store_out(b_acc, b_m, b_l, k_smem.index(0), o_box, lse, i_b, i_h, i_bh, i_tile * ROWS, q_len, scale_log2, STORE_LSE)

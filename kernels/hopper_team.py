@@ -11,13 +11,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_kernels import ROWS, RUN_TIME, _barriers, _boxes, _copy_in, _load, _softmax_step, _store_out
+from .hopper_kernels import (
+    LANES,
+    ROWS,
+    RUN_TIME,
+    _barriers,
+    _boxes,
+    _copy_in,
+    _load,
+    _row_sums,
+    _softmax_step,
+    _store_out,
+    _turns,
+    _unit,
+)  # fmt: skip
 
 
 @gluon.jit
-def _place(work, plan, PACK: gl.constexpr):
-    """(tile, batch, first query head, KV head, blocks listed, list) of one unit of work; long rows first."""
+def _place(turn, plan, PACK: gl.constexpr):
+    """(tile, batch, first query head, KV head, blocks listed, list) of a turn's unit of work; long rows first."""
     kv_num, kv_index, tiles, together, heads, group, stride_mask_batch, mask_heads, width = plan
+    work = _unit(turn)
     in_tiles = work % (tiles * together)
     i_tile = tiles - 1 - in_tiles // together
     i_bh = (work // (tiles * together) * together + in_tiles % together) * PACK
@@ -71,9 +85,8 @@ def _produce(q_box, k_box, v_box, pipes, plan, units, edge, KV: gl.constexpr, PA
     q_smem, q_full, q_empty = pipes[0]
     TEAM: gl.constexpr = q_smem.shape[0]
     i = 0
-    for work in range(gl.program_id(0), units, gl.num_programs(0)):
-        turn = work // gl.num_programs(0)
-        i_tile, i_b, i_h, i_kv, n, kv_list = _place(work, plan, PACK)
+    for turn in range(0, _turns(units)):
+        i_tile, i_b, i_h, i_kv, n, kv_list = _place(turn, plan, PACK)
         steps, masked, pad = _steps(n, edge, pipes[1][0].shape[1] // KV)
         for t in range(0, steps):
             _fill(k_box, pipes[1], i, t, n, masked, pad, kv_list, i_b, i_kv, KV)
@@ -176,14 +189,13 @@ def _consume(
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
     i = 0
     i_turn = 0
-    for work in range(gl.program_id(0), units, gl.num_programs(0)):
-        turn = work // gl.num_programs(0)
-        i_tile, i_b, i_h, _, n, kv_list = _place(work, plan, PACK)
+    for turn in range(0, _turns(units)):
+        i_tile, i_b, i_h, _, n, kv_list = _place(turn, plan, PACK)
         steps, masked, pad = _steps(n, edge, BN // KV)
         i_h, row0 = _rows(i_tile, i_h, W, q_smem.shape[0], PACK)
         o_row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
         b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
         b_acc = gl.zeros([ROWS, D], gl.float32, O)
         b_p = gl.zeros([ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, O, 2))
         mbarrier.wait(q_full.index(W), turn & 1)
@@ -214,6 +226,7 @@ def _consume(
             b_acc = warpgroup_mma_wait(0, deps=[b_acc])
             mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
         i_bh = i_b * plan[4] + i_h
+        b_l = _row_sums(b_l, b_m)
         _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE)
         mbarrier.arrive(q_empty.index(W), count=1)
 
@@ -243,7 +256,7 @@ def attention_team_kernel(
     """TEAM warpgroups of 64 rows over one list of blocks of KV keys, BN keys a step, fed by one warp.
 
     The rows are TEAM * 64 neighbours of one head, or 64 rows of PACK = TEAM heads that share a selection. With fewer
-    programs than units of work each takes every num_programs-th unit.
+    programs than units of work each takes one of every num_programs.
     """
     dtype: gl.constexpr = q_box.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -67,21 +67,19 @@ def several_parts(monkeypatch):
 
 SHAPES = {
     # batch, heads, kv_heads, q_len, kv_len, dim, q_block, kv_block, mask batch, mask heads
-    "odd length": (1, 2, 2, 131, 131, 64, 64, 64, 1, 2),
-    "gqa, batch, one mask": (2, 4, 2, 70, 70, 64, 64, 64, 1, 1),
-    "gqa, mask of kv heads": (1, 4, 2, 100, 100, 64, 64, 64, 1, 2),
-    "gqa, batch, mask of heads": (2, 4, 2, 70, 70, 64, 64, 64, 2, 4),
-    "group of 3": (1, 3, 1, 100, 100, 64, 64, 64, 1, 3),
-    "head_dim 96": (1, 2, 1, 150, 150, 96, 64, 64, 1, 2),
-    "head_dim 128": (1, 2, 1, 190, 190, 128, 128, 128, 1, 2),
-    "head_dim 256": (1, 1, 1, 129, 129, 256, 64, 64, 1, 1),
-    "blocks 128x64": (1, 1, 1, 257, 257, 64, 128, 64, 1, 1),
-    "blocks 64x128": (1, 1, 1, 257, 257, 64, 64, 128, 1, 1),
-    "blocks 128x128, one list": (1, 2, 1, 200, 200, 64, 128, 128, 1, 1),
-    "chunked prefill": (1, 2, 1, 70, 233, 64, 64, 64, 1, 2),
-    "chunked 128x64": (1, 1, 1, 150, 233, 64, 128, 64, 1, 1),
+    "gqa, batch, one mask": (2, 4, 2, 50, 50, 64, 64, 64, 1, 1),
+    "gqa, mask of kv heads": (1, 4, 2, 70, 70, 64, 64, 64, 1, 2),
+    "gqa, batch, mask of heads": (2, 4, 2, 50, 70, 64, 64, 64, 2, 4),
+    "group of 3": (1, 3, 1, 70, 70, 64, 64, 64, 1, 3),
+    "head_dim 96, odd length": (1, 1, 1, 131, 131, 96, 64, 64, 1, 1),
+    "head_dim 128": (1, 1, 1, 140, 140, 128, 128, 128, 1, 1),
+    "head_dim 256": (1, 1, 1, 70, 70, 256, 64, 64, 1, 1),
+    "blocks 64x128": (1, 1, 1, 140, 140, 64, 64, 128, 1, 1),
+    "blocks 128x128, one list": (1, 2, 1, 70, 140, 64, 128, 128, 1, 1),
+    "chunked prefill": (1, 2, 1, 70, 140, 64, 64, 64, 1, 2),
+    "chunked 128x64": (1, 1, 1, 150, 200, 64, 128, 64, 1, 1),
     "one query": (1, 2, 1, 1, 150, 64, 64, 64, 1, 2),
-    "large key blocks, chunked": (1, 1, 1, 150, 350, 64, 128, 192, 1, 1),
+    "large key blocks, chunked": (1, 1, 1, 140, 330, 64, 128, 192, 1, 1),
     "one block": (1, 1, 1, 5, 5, 64, 64, 64, 1, 1),
 }
 
@@ -95,7 +93,8 @@ def test_shapes(shape, dtype, device, check_gradients, several_parts):
     check_gradients(triton_gradients(*inputs, mask), *inputs, mask)
 
 
-@pytest.mark.parametrize("dim, q_len", [(64, 40), pytest.param(128, 300, marks=pytest.mark.gpu)])
+# Not with one query: torch sums its products over the channels in a tree, three times as exact as any chain of additions.
+@pytest.mark.parametrize("dim, q_len", [(64, 20), pytest.param(128, 300, marks=pytest.mark.gpu)])
 def test_single_precision(dim, q_len, device, check_gradients):
     inputs = tensors(device, q_len=q_len, kv_len=q_len + 13, dim=dim, dtype=torch.float32)
     mask = random_mask(device, 1, 2, q_len, q_len + 13)
@@ -104,15 +103,15 @@ def test_single_precision(dim, q_len, device, check_gradients):
 
 @pytest.mark.parametrize("pattern", ["diagonal", "full", "first block", "one row reads all"])
 def test_patterns(pattern, device, check_gradients, several_parts):
-    inputs = tensors(device)
-    dense = torch.eye(3, dtype=torch.bool, device=device).repeat(1, 2, 1, 1)
+    inputs = tensors(device, heads=1)
+    dense = torch.eye(3, dtype=torch.bool, device=device)[None, None]
     if pattern == "full":
         dense[:] = True
     elif pattern == "first block":
         dense[:] = False
         dense[..., 0] = True
     elif pattern == "one row reads all":
-        dense[:, 1, 2] = True
+        dense[:, :, 2] = True
     mask = BlockMask.from_dense(dense, 150, 150, 64, 64)
     check_gradients(triton_gradients(*inputs, mask), *inputs, mask)
 
@@ -122,33 +121,32 @@ def test_patterns(pattern, device, check_gradients, several_parts):
     [(100, 5, 0, None, 150), (70, 64, 33, None, 90), (9, 3, 5, 50, 150)],
 )
 def test_window(window, sink, last, stride, q_len, device, check_gradients):
-    inputs = tensors(device, q_len=q_len)
+    inputs = tensors(device, heads=1, q_len=q_len)
     full = causal_blocks(q_len, 150, 64, 64, device)[None, None]
     mask = replace(BlockMask.from_dense(full, q_len, 150, 64, 64), window=window, sink=sink, last=last, stride=stride)
     check_gradients(triton_gradients(*inputs, mask), *inputs, mask)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_parts_of_a_list_add_up(parts, device, check_gradients, several_parts, monkeypatch):
-    monkeypatch.setattr(backward, "PARTS", parts)
+def test_parts_of_a_list_add_up(device, check_gradients, several_parts, monkeypatch):
     launched, kernel = [], backward.block_sparse_attention_bwd_dkdv_kernel
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *args, **options: (launched.append(options["PARTS"]), kernel[grid](*args, **options))
+            launched.append(grid[0])
+            return kernel[grid]
 
     monkeypatch.setattr(backward, "block_sparse_attention_bwd_dkdv_kernel", Spy())
     inputs = tensors(device)
     mask = random_mask(device, 1, 2, 150, 150, density=0.7)
     found = triton_gradients(*inputs, mask)
-    assert launched == [parts]
+    assert launched == [3 * 3]  # key tiles, and parts of the 3 * 2 entries a list may have, 2 each
     check_gradients(found, *inputs, mask)
 
 
 def test_scale_and_layout(device, check_gradients):
-    q, k, v, dout, dlse = tensors(device, 2, 2, 1, 70, 70)
+    q, k, v, dout, dlse = tensors(device, 1, 2, 1, 40, 40)
     q, k, v, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout))
-    mask = random_mask(device, 2, 1, 70, 70)
+    mask = random_mask(device, 1, 1, 40, 40)
     expanded = dout[:, :1].expand(-1, 2, -1, -1), dout[..., :1].expand(-1, -1, -1, 64)
     for gradient, scale in ((dout, 0.7), *((x, None) for x in expanded)):
         found = triton_gradients(q, k, v, gradient, dlse, mask, scale)
@@ -191,19 +189,19 @@ def test_blocks_left_out_are_never_read(device):
 
 
 def test_large_logits_stay_finite(device):
-    q, k, v, dout, dlse = tensors(device, q_len=150, kv_len=150)
-    mask = random_mask(device, 1, 2, 150, 150)
+    q, k, v, dout, dlse = tensors(device, heads=1, q_len=70, kv_len=70)
+    mask = random_mask(device, 1, 1, 70, 70)
     for found in triton_gradients(q * 100, k, v, dout, dlse, mask):
         assert found.isfinite().all()
 
 
 def test_the_tolerance_can_fail(device, check_gradients):
-    inputs = tensors(device, q_len=100, kv_len=100)
-    mask = random_mask(device, 1, 2, 100, 100)
+    inputs = tensors(device, heads=1, q_len=70, kv_len=70)
+    mask = random_mask(device, 1, 1, 70, 70)
     found = triton_gradients(*inputs, mask)
     check_gradients(found, *inputs, mask)
     for n in range(3):
-        for spoil in (lambda x: x * 1.02, lambda x: x.index_fill(2, torch.tensor([70], device=device), 0.0)):
+        for spoil in (lambda x: x * 1.02, lambda x: x.index_fill(2, torch.tensor([50], device=device), 0.0)):
             with pytest.raises(AssertionError):
                 check_gradients([spoil(x) if i == n else x for i, x in enumerate(found)], *inputs, mask)
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsebench.kernels import BlockMask, causal_blocks
+from sparsebench.kernels import BlockMask, causal_blocks, hopper_attention
 from sparsebench.kernels.block_sparse_attention import block_sparse_attention_reference
 from sparsebench.kernels.hopper_attention import hopper_applies, hopper_forward, launch_options
+from sparsebench.kernels.hopper_union import union_lists
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -99,6 +100,51 @@ def test_patterns(pattern, blocks, hopper, check_attention):
     for heads in (4, 2):  # of neighbours that do not share and of neighbours that share a selection
         mask = BlockMask.from_dense(dense[:, :heads].contiguous(), q_len, q_len, *blocks).check()
         check_attention(*hopper_forward(q, k, v, mask, scale, True), q, k, v, mask)
+
+
+TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, TEAM=2, PACK=1, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, maxnreg=168)
+UNION = dict(STAGES=3, TEAM=3, Q_IN_REGS=True, programs=None, maxnreg=128)
+KERNELS = {
+    "one stage": ((64, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
+    "64-row programs, blocks 128x64": ((128, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
+    "64-row programs, blocks 128x128": ((128, 128), dict(STAGES=2, Q_IN_REGS=True, maxnreg=168)),
+    "a program for several units": ((128, 128), TEAM | dict(programs=3)),
+    "unions of three": ((64, 64), UNION),
+    "unions of three, a program for several units": ((64, 64), UNION | dict(programs=3)),
+    "unions of two": ((64, 64), UNION | dict(TEAM=2, maxnreg=168)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("q_len, kv_len", [(1001, 1001), (1024, 1024), (300, 1033), (256, 1024)])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+def test_every_kernel(kernel, q_len, kv_len, together, dim, hopper, check_attention, monkeypatch):
+    blocks, options = kernel
+    monkeypatch.setattr(hopper_attention, "launch_options", lambda *_: options | dict(together=together, num_warps=4))
+    q, k, v = tensors(hopper, 2, 4, 2, q_len, kv_len, dim)
+    for density in (0.0, 0.2, 1.0):
+        mask = random_mask(hopper, 2, 4, q_len, kv_len, *blocks, density).check()
+        check_attention(*hopper_forward(q, k, v, mask, 0.1, True), q, k, v, mask, scale=0.1)
+
+
+@pytest.mark.parametrize("team, rows, blocks", [(3, 7, 9), (2, 5, 33), (3, 6, 64), (3, 1, 1)])
+def test_union_lists(team, rows, blocks, device):
+    dense = torch.rand(2, 2, rows, blocks) < 0.3
+    dense[..., 0] = True
+    num = dense.sum(-1, dtype=torch.int32)
+    index = torch.full((2, 2, rows, int(num.max())), 10**6, dtype=torch.int32)
+    for at in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(rows)).tolist():
+        listed = dense[*at].nonzero()[:, 0]
+        index[*at][: len(listed)] = listed
+    union_num, union = (x.cpu() for x in union_lists(num.to(device), index.to(device), blocks, team))
+    for b, h, g in torch.cartesian_prod(*(torch.arange(n) for n in union_num.shape)).tolist():
+        entries = union[b, h, g, : union_num[b, h, g]].tolist()
+        own = dense[b, h, g * team : (g + 1) * team]
+        assert [entry >> team for entry in entries] == own.any(0).nonzero()[:, 0].flip(0).tolist()
+        for entry in entries:
+            assert [bool(entry >> w & 1) for w in range(len(own))] == own[:, entry >> team].tolist()
 
 
 @pytest.mark.gpu
