@@ -10,11 +10,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mask import BlockMask
 from .hopper_attention import hopper_applies, hopper_forward, unsupported
-from .launch import LOG2E, aligned
+from .launch import L2_SHARE, LOG2E, aligned
 
 HEAD_DIMS = (64, 96, 128, 256)
 TILE_ROWS = 64  # queries that are computed together; masks with smaller query blocks run on the union of their lists
-L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while all heads take turns
 
 
 def resolve_impl(impl: str, q: Tensor, mask: BlockMask) -> str:

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .block_mask import BlockMask
-from .block_sparse_attention import L2_SHARE, _box, _edge_tiles
+from .block_sparse_attention import _box, _edge_tiles
 from .block_sparse_attention_backward_kernels import (
     block_sparse_attention_bwd_dkdv_kernel,
     block_sparse_attention_bwd_dq_kernel,
 )
-from .launch import LOG2E, aligned
+from .launch import L2_SHARE, LOG2E, aligned
 from .transpose_lists import transpose_lists
 
 PARTS = 4  # programs that share the longest possible list of query tiles

@@ -8,11 +8,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
-from .block_sparse_attention import L2_SHARE
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
 from .hopper_union import attention_union_kernel, union_lists
-from .launch import LOG2E, aligned
+from .launch import L2_SHARE, LOG2E, aligned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 HEAD_DIMS = (64, 128)

@@ -11,6 +11,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 LOG2E = 1.4426950408889634
+L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while programs share them
 INTERPRETED = triton.knobs.runtime.interpret
 # Versions in which CompiledKernel[grid](*args) does what JITFunction does once it has found the kernel, hooks included. On AMD
 # Triton also looks at how much memory a tensor has, which _kind() does not tell.
