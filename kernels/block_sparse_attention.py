@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_mask import BlockMask
 from .hopper_attention import hopper_applies, hopper_forward, unsupported
-from .launch import L2_SHARE, LOG2E, aligned
+from .launch import L2_SHARE, LOG2E, aligned, planned, power_of_2
 
 HEAD_DIMS = (64, 96, 128, 256)
 TILE_ROWS = 64  # queries that are computed together; masks with smaller query blocks run on the union of their lists
@@ -305,7 +305,7 @@ def _launch_options(q: Tensor, k: Tensor, kv_block: int) -> dict:
 
 def _box(x: Tensor, rows: int) -> TensorDescriptor:
     """Descriptor of `rows` neighbouring tokens of one head of x [B, H, L, D], its channels padded to a power of 2."""
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, triton.next_power_of_2(x.shape[-1])])
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, power_of_2(x.shape[-1])])
 
 
 def _edge_tiles(mask: BlockMask, BN: int) -> int:
@@ -341,18 +341,21 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
     columns = num if mask.column_indices is None else mask.column_indices.contiguous()
     column_num = num if mask.column_num is None else mask.column_num.contiguous()
     together = options.pop("together")
-    grid = (triton.cdiv(q_len, options["BM"]) * together, batch * heads // together)
+    grid = (-(-q_len // options["BM"]) * together, batch * heads // together)
     BM, BN = options["BM"], options["BN"]
-    block_sparse_attention_fwd_kernel[grid](
-        _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), k, v, lse, num, index, column_num, columns,
-        num if member is None else member.contiguous().view(torch.uint8), *k.stride()[:3], *v.stride()[:3],
+    launch = planned(
+        block_sparse_attention_fwd_kernel, grid, *k.stride()[:3], *v.stride()[:3],
         mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2],
         rows, width, columns.shape[-1], _edge_tiles(mask, BN), together, scale * LOG2E,
         (mask.pv_threshold or 0.0) * LOG2E, own_rows, 0 if member is None else member.shape[-1],
-        D=dim, BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step,
+        D=dim, BD=power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, KV_STEP=mask.step,
         HAS_COLUMNS=mask.column_indices is not None, WINDOW=-1 if mask.window is None else mask.window, SINK=mask.sink,
         LAST=mask.last, STRIDE=mask.stride or 0, MEMBER=member is not None, PV_SKIP=mask.pv_threshold is not None,
         STORE_LSE=store_lse,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **options,
+    )  # fmt: skip
+    launch(
+        _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), k, v, lse, num, index, column_num, columns,
+        num if member is None else member.contiguous().view(torch.uint8),
     )  # fmt: skip
     return out, lse

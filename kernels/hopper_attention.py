@@ -11,10 +11,11 @@ from .block_mask import BlockMask
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
 from .hopper_union import attention_union_kernel, union_lists
-from .launch import L2_SHARE, LOG2E, aligned
+from .launch import L2_SHARE, LOG2E, aligned, planned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 HEAD_DIMS = (64, 128)
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 SHORT, MEDIUM = 8192, 32768  # tokens up to which a choice of launch_options was measured
 
 
@@ -68,34 +69,38 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     edge = _edge(mask.kv_len - mask.q_len, q_block, kv_block)
     tiles = -(-mask.q_len // q_block)
     heads, together = q.shape[1], options.pop("together")
-    tables = (
-        lse, num, index, mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q.shape[2], k.shape[2],
+    sizes = (
+        mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q.shape[2], k.shape[2],
         tiles, width, edge, together,
     )  # fmt: skip
     scale_log2, dim = scale * LOG2E, q.shape[3]
     if solo:
         boxes = [_box(x, 64, dim) for x in (q, k, v, out)]
         grid = (tiles * together, q.shape[0] * heads // together)
-        attention_solo_kernel[grid](
-            *boxes, *tables, scale_log2, D=dim, Q_BLOCK=mask.q_block, KV=mask.kv_block, STORE_LSE=store_lse, **options
-        )
+        launch = planned(
+            attention_solo_kernel, grid, *sizes, scale_log2, D=dim, Q_BLOCK=mask.q_block, KV=mask.kv_block, STORE_LSE=store_lse,
+            **options,
+        )  # fmt: skip
+        launch(*boxes, lse, num, index)
         return out, lse
     if unions:
         boxes, groups = [_box(x, 64, dim) for x in (q, k, v, out)], -(-tiles // options["TEAM"])
         union_num, union = union_lists(num, index, -(-mask.kv_len // 64), options["TEAM"])
         units = groups * q.shape[0] * heads
-        attention_union_kernel[(min(options.pop("programs") or units, units),)](
-            *boxes, lse, num, union_num, union, *tables[3:9], tiles, groups, union.shape[3], edge, together, units, scale_log2,
-            D=dim, STORE_LSE=store_lse, **options,
+        launch = planned(
+            attention_union_kernel, (min(options.pop("programs") or units, units),), *sizes[:6], tiles, groups, union.shape[3],
+            edge, together, units, scale_log2, D=dim, STORE_LSE=store_lse, **options,
         )  # fmt: skip
+        launch(*boxes, lse, num, union_num, union)
         return out, lse
     units = tiles * q.shape[0] * heads // options["PACK"]
     programs = min(options.pop("programs") or units, units)
     columns = dim if options["BN"] == mask.kv_block else 64
     boxes = [_box(q, 64, dim), _box(k, mask.kv_block, columns), _box(v, mask.kv_block, columns), _box(out, 64, dim)]
-    attention_team_kernel[(programs,)](
-        *boxes, *tables, units, scale_log2, D=dim, KV=mask.kv_block, STORE_LSE=store_lse, **options
+    launch = planned(
+        attention_team_kernel, (programs,), *sizes, units, scale_log2, D=dim, KV=mask.kv_block, STORE_LSE=store_lse, **options
     )
+    launch(*boxes, lse, num, index)
     return out, lse
 
 
@@ -143,5 +148,4 @@ def _edge(offset: int, q_block: int, kv_block: int) -> int:
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Descriptor of `rows` neighbouring tokens and `columns` channels of one head of x [B, H, L, D]."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns], layout)
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns], LAYOUT)
