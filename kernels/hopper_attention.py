@@ -10,7 +10,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .block_mask import BlockMask
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
-from .hopper_union import attention_union_kernel, union_lists
 from .launch import L2_SHARE, LOG2E, aligned, planned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
@@ -64,7 +63,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
     mask_batch, mask_heads, _, width = index.shape
     options = launch_options(q, k, mask)
-    solo, unions = "TEAM" not in options, "BN" not in options and "TEAM" in options
+    solo = "TEAM" not in options
     q_block, kv_block = (64, 64) if solo else (mask.q_block, mask.kv_block)
     edge = _edge(mask.kv_len - mask.q_len, q_block, kv_block)
     tiles = -(-mask.q_len // q_block)
@@ -83,16 +82,6 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
         )  # fmt: skip
         launch(*boxes, lse, num, index)
         return out, lse
-    if unions:
-        boxes, groups = [_box(x, 64, dim) for x in (q, k, v, out)], -(-tiles // options["TEAM"])
-        union_num, union = union_lists(num, index, -(-mask.kv_len // 64), options["TEAM"])
-        units = groups * q.shape[0] * heads
-        launch = planned(
-            attention_union_kernel, (min(options.pop("programs") or units, units),), *sizes[:6], tiles, groups, union.shape[3],
-            edge, together, units, scale_log2, D=dim, STORE_LSE=store_lse, **options,
-        )  # fmt: skip
-        launch(*boxes, lse, num, union_num, union)
-        return out, lse
     units = tiles * q.shape[0] * heads // options["PACK"]
     programs = min(options.pop("programs") or units, units)
     columns = dim if options["BN"] == mask.kv_block else 64
@@ -105,21 +94,21 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
 
 
 def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
-    """Kernel and shape of a launch; measured on an H100 (B 1, 32 query and 8 KV heads, D 128, bf16, random blocks).
+    """Kernel and shape of a launch; measured on an H100 (B 1, 32 query and 8 KV heads, D 128, bf16, random blocks; the numbers
+    are TFLOP/s, docs/kernels.md has all).
 
     together: heads (packs of PACK heads) that take turns in launch order. programs: how many share the work, None for one each.
-    With TEAM and without BN, attention_union_kernel, for blocks of 64 x 64 that TEAM neighbouring rows list for themselves.
     Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor, 128 four.
     """
     heads, kv_heads, kv_len, mask_heads = q.shape[1], k.shape[1], k.shape[2], mask.kv_num_blocks.shape[1]
-    group, short = heads // kv_heads, kv_len <= SHORT
+    group = heads // kv_heads
     shared = group % 2 == 0 and mask_heads in (1, kv_heads)  # neighbouring heads read the same keys of the same head
+    # Heads of a group read the same K and V: 552 against 535 at 32k, half kept; 487 against 509 at 128k, where one head's K
+    # and V overflow the cache and the group's programs only drift apart.
+    together = group if 2 * kv_len * k.shape[3] * k.element_size() <= L2_SHARE else 1
+    if kv_len <= SHORT:  # four programs hide each other's starts and ends: 413 and 417 against 403 with three, 373 in teams
+        return dict(STAGES=1, Q_IN_REGS=False, together=together, num_warps=4, maxnreg=128)
     if mask.q_block == 64 and not shared:
-        # Heads of a group read the same K and V: 552 against 535 TFLOP/s at 32k, half kept; 487 against 509 at 128k, where
-        # one head's K and V overflow the cache and the group's programs only drift apart.
-        together = group if 2 * kv_len * k.shape[3] * k.element_size() <= L2_SHARE else 1
-        if short:  # seven blocks a row: a fourth program hides more of the others' starts and ends, 413 against 403
-            return dict(STAGES=1, Q_IN_REGS=False, together=together, num_warps=4, maxnreg=128)
         # Long rows wait for the cache instead: a second stage is worth as much as the fourth program, or a little more.
         return dict(STAGES=2, Q_IN_REGS=True, together=together, num_warps=4, maxnreg=168)
     pack = 2 if mask.q_block == 64 else 1
@@ -128,8 +117,8 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
         BN=128, STAGES_K=3, STAGES_V=3, TEAM=2, PACK=pack, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, together=1,
         programs=None, num_warps=4, maxnreg=168,
     )  # fmt: skip
-    if pack == 1 and short:  # the next unit's loads run during the end of this one: 373 against 341
-        options |= dict(together=heads, programs=_multiprocessors(q.device))
+    if mask.kv_block == 128 and kv_len <= MEDIUM:  # the next unit's loads run during the end of this one: 616 against 593
+        options |= dict(together=group, programs=_multiprocessors(q.device))
     elif pack == 1 and kv_len > MEDIUM:  # q from registers spares shared memory reads, its load delays the start: 628, 620
         options |= dict(Q_IN_REGS=True)
     return options

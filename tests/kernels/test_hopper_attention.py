@@ -16,13 +16,15 @@ import torch
 from sparsebench.kernels import BlockMask, causal_blocks, hopper_attention
 from sparsebench.kernels.block_sparse_attention import block_sparse_attention_reference
 from sparsebench.kernels.hopper_attention import hopper_applies, hopper_forward, launch_options
-from sparsebench.kernels.hopper_union import union_lists
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def hopper():
+@pytest.fixture(params=[(8192, 32768), (0, 32768), (0, 0)], ids=["short", "medium", "long"])
+def hopper(request, monkeypatch):
+    """The device; every length is launched as short, medium and long ones are."""
+    monkeypatch.setattr(hopper_attention, "SHORT", request.param[0])
+    monkeypatch.setattr(hopper_attention, "MEDIUM", request.param[1])
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     return "cuda"
@@ -103,15 +105,11 @@ def test_patterns(pattern, blocks, hopper, check_attention):
 
 
 TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, TEAM=2, PACK=1, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, maxnreg=168)
-UNION = dict(STAGES=3, TEAM=3, Q_IN_REGS=True, programs=None, maxnreg=128)
 KERNELS = {
     "one stage": ((64, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
     "64-row programs, blocks 128x64": ((128, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
     "64-row programs, blocks 128x128": ((128, 128), dict(STAGES=2, Q_IN_REGS=True, maxnreg=168)),
     "a program for several units": ((128, 128), TEAM | dict(programs=3)),
-    "unions of three": ((64, 64), UNION),
-    "unions of three, a program for several units": ((64, 64), UNION | dict(programs=3)),
-    "unions of two": ((64, 64), UNION | dict(TEAM=2, maxnreg=168)),
 }
 
 
@@ -127,24 +125,6 @@ def test_every_kernel(kernel, q_len, kv_len, together, dim, hopper, check_attent
     for density in (0.0, 0.2, 1.0):
         mask = random_mask(hopper, 2, 4, q_len, kv_len, *blocks, density).check()
         check_attention(*hopper_forward(q, k, v, mask, 0.1, True), q, k, v, mask, scale=0.1)
-
-
-@pytest.mark.parametrize("team, rows, blocks", [(3, 7, 9), (2, 5, 33), (3, 6, 64), (3, 1, 1)])
-def test_union_lists(team, rows, blocks, device):
-    dense = torch.rand(2, 2, rows, blocks) < 0.3
-    dense[..., 0] = True
-    num = dense.sum(-1, dtype=torch.int32)
-    index = torch.full((2, 2, rows, int(num.max())), 10**6, dtype=torch.int32)
-    for at in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(rows)).tolist():
-        listed = dense[*at].nonzero()[:, 0]
-        index[*at][: len(listed)] = listed
-    union_num, union = (x.cpu() for x in union_lists(num.to(device), index.to(device), blocks, team))
-    for b, h, g in torch.cartesian_prod(*(torch.arange(n) for n in union_num.shape)).tolist():
-        entries = union[b, h, g, : union_num[b, h, g]].tolist()
-        own = dense[b, h, g * team : (g + 1) * team]
-        assert [entry >> team for entry in entries] == own.any(0).nonzero()[:, 0].flip(0).tolist()
-        for entry in entries:
-            assert [bool(entry >> w & 1) for w in range(len(own))] == own[:, entry >> team].tolist()
 
 
 @pytest.mark.gpu
@@ -231,7 +211,8 @@ def test_what_it_refuses():
     assert not hopper_applies(q, mask)  # on a CPU
 
 
-def test_neighbouring_heads_are_packed_only_where_they_share_a_selection():
+def test_neighbouring_heads_are_packed_only_where_they_share_a_selection(monkeypatch):
+    monkeypatch.setattr(hopper_attention, "SHORT", 0)
     for heads, kv_heads, mask_heads, packed in ((8, 2, 2, 2), (8, 2, 1, 2), (8, 2, 8, None), (6, 2, 2, None), (2, 2, 2, None)):
         q, k, _ = tensors("cpu", 1, heads, kv_heads)
         assert launch_options(q, k, random_mask("cpu", 1, mask_heads, 300, 300, 64, 64)).get("PACK") == packed
@@ -268,6 +249,7 @@ class Compiled:
         print(self.kernel.__name__, built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async"), len(built.asm["cubin"]))
 for name in ("attention_solo_kernel", "attention_team_kernel"):
     setattr(hopper_attention, name, Compiled(getattr(hopper_attention, name)))
+hopper_attention.SHORT = 0
 for block, dim in ((64, 128), (128, 64)):
     q = torch.zeros(1, 2, 256, dim, dtype=torch.bfloat16)
     lists = torch.arange(256 // block, dtype=torch.int32).expand(1, 2, -1)
