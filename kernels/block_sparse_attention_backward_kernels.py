@@ -149,7 +149,6 @@ def block_sparse_attention_bwd_dkdv_kernel(
     o_edge = tl.arange(0, EDGE)
     b_first = tl.load(entries + o_edge, mask=o_edge < mine, other=0) // LISTED * Q_BLOCK + kv_len - q_len
     edge = tl.sum(((b_first < i_tile * BN + BN - 1) & (o_edge < mine)).to(tl.int32), 0)
-    i_next = tl.load(entries + mine - 1, mask=mine > edge, other=0)
     terms += (i_b * kv_heads + i_kv).to(tl.int64) * GROUP * 2 * padded_len
     # [BN, BD]
     b_k = k_box.load([i_b, i_kv, i_tile * BN, 0]).reshape(BN, BD)
@@ -171,8 +170,7 @@ def block_sparse_attention_bwd_dkdv_kernel(
             WINDOW, SINK, LAST, STRIDE, True, PRECISION,
         )  # fmt: skip
     for t in range(0, (mine - edge) * TILES):
-        entry = i_next
-        i_next = tl.load(entries + tl.maximum(mine - 1 - (t + 1) // TILES, 0))
+        entry = tl.load(entries + mine - 1 - t // TILES)
         i_g = entry % LISTED + t % REPEAT
         first = entry // LISTED * Q_BLOCK + t // REPEAT % (Q_BLOCK // BM) * BM
         b_q = q_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
