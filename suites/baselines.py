@@ -38,18 +38,22 @@ class Kernel:
 
 
 def time_forward(kernel: Kernel, case: Case, name: str) -> list[Figure]:
-    """NAME_ms with its percentiles. Raises: ValueError when the output is wrong."""
+    """NAME_ms with its percentiles. Raises: ArithmeticError when the output is wrong."""
     with kernel.context(), torch.no_grad():
         case.check(kernel.heads_first(kernel.run(*kernel.inputs)))
         return spread(f"{name}_ms", event_times(lambda: kernel.run(*kernel.inputs)))
 
 
 def time_backward(kernel: Kernel, case: Case, name: str) -> list[Figure]:
-    """NAME_ms with its percentiles: dq, dk and dv for a random gradient. Raises: ValueError when they are wrong."""
+    """NAME_ms with its percentiles: dq, dk and dv for a random gradient.
+
+    Raises: ArithmeticError when they are wrong, ValueError when there is no backward or no check of it for this mask.
+    """
     leaves = [x.detach().requires_grad_() for x in kernel.inputs]
     with kernel.context(), torch.enable_grad():
         out = kernel.run(*leaves)
-        grad = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=torch.Generator(out.device).manual_seed(0))
+        # In the strides of the output, as a model's would come: torch's kernels copy any other within the time.
+        grad = torch.empty_like(out).normal_(generator=torch.Generator(out.device).manual_seed(0))
 
         def run() -> tuple[Tensor, ...]:
             return torch.autograd.grad(out, leaves, grad, retain_graph=True)
@@ -168,7 +172,9 @@ def _flex(case: Case) -> Kernel:
     torch.compiler.reset()
     mask = case.mask
     compiled, flex_mask = torch.compile(flex_attention), mask.to_flex(case.q.shape[1], compiled=True)
-    options = {"BLOCK_M": min(mask.q_block, 128), "BLOCK_N": min(mask.kv_block, 128)}
+    options: dict[str, Any] = {"fwd_BLOCK_N": mask.kv_block} if mask.kv_block < 128 else {}  # else torch's own choice
+    if mask.q_block < 128:  # with as many warps as torch gives such tiles
+        options |= {"fwd_BLOCK_M": mask.q_block, "fwd_num_warps": 4}
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return compiled(q, k, v, block_mask=flex_mask, scale=case.scale, enable_gqa=True, kernel_options=options)

@@ -76,8 +76,9 @@ class Speed(Suite):
             self.notes |= calibration_facts(method, cell.density, reached, "the same q and k")
         if note := "; ".join(filter(None, (method.note, self.notes.get("note")))):
             self.notes["note"] = note
-        figures, case = measure(method, ctx, bool(cell.option("backward")))
+        figures, whole, case = measure(method, ctx)
         self.notes["kernel"] = "sdpa" if ctx.mask is None else kernel_of(case)
+        figures += self._backward(cell, whole, case)
         return source.example, figures + self._others(cell, source, case if ctx.mask is not None else None)
 
     def _kernel(self, cell: Cell) -> tuple[str, list[Figure]]:
@@ -89,8 +90,20 @@ class Speed(Suite):
         assert ctx.q is not None and ctx.k is not None
         case = Case(ctx.q, ctx.k, ctx.v, mask, ctx.scale)
         self.notes["kernel"] = kernel_of(case)
-        figures = measure_kernel(case, bool(cell.option("backward")))
+        figures = measure_kernel(case) + self._backward(cell, ours(case), case)
         return source.example, figures + self._others(cell, source, case)
+
+    def _backward(self, cell: Cell, kernel: Kernel, case: Case) -> list[Figure]:
+        """With --backward what the gradients cost; a blank with its reason where our kernels have none for the mask."""
+        if not cell.option("backward"):
+            return []
+        try:
+            figures = time_backward(kernel, case, "backward")
+        except ValueError as error:
+            self.notes["backward"] = f"not timed: {error}"
+            return []
+        metric, value, unit = _rate("backward_tflops", case, figures[0][1])
+        return [*figures, (metric, 2.5 * value, unit)]  # five matrix products a pair where the forward has two
 
     def _others(self, cell: Cell, source: Source, case: Case | None) -> list[Figure]:
         backward = bool(cell.option("backward"))
@@ -117,8 +130,11 @@ def ours(case: Case) -> Kernel:
     return Kernel(run, (case.q, case.k, case.v))
 
 
-def measure(method: Method, ctx: LayerContext, backward: bool) -> tuple[list[Figure], Case]:
-    """What a method costs on ctx's q, k and v, and the problem that it chose. Raises: ValueError when its output is wrong."""
+def measure(method: Method, ctx: LayerContext) -> tuple[list[Figure], Kernel, Case]:
+    """What a method costs on ctx's q, k and v, what gradients are to be taken of, and the problem that it chose.
+
+    Raises: ArithmeticError when its output is wrong.
+    """
     assert ctx.q is not None and ctx.k is not None
     q, k, v = ctx.q, ctx.k, ctx.v
     out, peak = peak_memory(lambda: method.attend(q, k, v, ctx))
@@ -143,18 +159,18 @@ def measure(method: Method, ctx: LayerContext, backward: bool) -> tuple[list[Fig
         whole = ours(case)
         figures += time_forward(whole, case, "attend")
         figures.append(_rate("attend_tflops", case, figures[-3][1]))
-    return figures + (_backward(whole, case) if backward else []), case
+    return figures, whole, case
 
 
-def measure_kernel(case: Case, backward: bool) -> list[Figure]:
-    """What our kernel alone costs on `case`. Raises: ValueError when its output is wrong."""
+def measure_kernel(case: Case) -> list[Figure]:
+    """What our kernel alone costs on `case`. Raises: ArithmeticError when its output is wrong."""
     kernel = ours(case)
     out, peak = peak_memory(lambda: kernel.run(*kernel.inputs))
     figures = _facts(case, case.check(out), peak)
     del out
     figures += spread("total_ms", event_times(lambda: kernel.run(*kernel.inputs)))
     figures.append(_rate("tflops", case, figures[-3][1]))
-    return figures + (_backward(kernel, case) if backward else [])
+    return figures
 
 
 def _facts(case: Case, error: float, peak: float) -> list[Figure]:
@@ -164,10 +180,3 @@ def _facts(case: Case, error: float, peak: float) -> list[Figure]:
 
 def _rate(metric: str, case: Case, time_ms: float) -> Figure:
     return metric, 4 * case.q.shape[3] * case.pairs / time_ms / 1e9, "TFLOP/s"
-
-
-def _backward(kernel: Kernel, case: Case) -> list[Figure]:
-    """Five matrix products a pair where the forward has two."""
-    figures = time_backward(kernel, case, "backward")
-    metric, value, unit = _rate("backward_tflops", case, figures[0][1])
-    return [*figures, (metric, 2.5 * value, unit)]

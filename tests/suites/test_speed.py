@@ -138,6 +138,42 @@ def test_backward_beside_the_forward(on_cpu):
     assert scores["backward_tflops"] == pytest.approx(2.5 * scores["attend_tflops"])
 
 
+def test_masks_without_a_backward_keep_their_forward(on_cpu):
+    scores, notes = run_cell("minference", {"vertical": 40, "slash": 60}, backward=True)
+    assert scores["total_ms"] == 2 and "backward_ms" not in scores
+    assert notes["backward"].startswith("not timed: ") and "columns" in notes["backward"]
+
+
+def test_our_own_wrong_output_or_gradient_fails_the_cell(on_cpu, monkeypatch):
+    right, slope = block_sparse_attention, 1.1
+
+    def slanted(q, k, v, mask, **options):
+        out = right(q, k, v, mask, **options)
+        return out.detach() + slope * (out - out.detach())
+
+    monkeypatch.setattr(speed, "block_sparse_attention", slanted)
+    run_cell("random_mask", {"density": 0.4}, "kernel_64x64")
+    with pytest.raises(ArithmeticError, match="gradients differ"):
+        run_cell("random_mask", {"density": 0.4}, "kernel_64x64", backward=True)
+    monkeypatch.setattr(speed, "block_sparse_attention", lambda *args, **options: 1.02 * right(*args, **options))
+    with pytest.raises(ArithmeticError, match="output differs"):
+        run_cell("random_mask", {"density": 0.4}, "kernel_64x64")
+
+
+def test_the_gradient_comes_in_the_layout_of_the_output():
+    case, seen = random_case(), []
+
+    def run(q, k, v):
+        out = block_sparse_attention(q, k, v, case.mask, scale=SCALE).transpose(1, 2).contiguous().transpose(1, 2)
+        out.register_hook(lambda grad: seen.append(grad.stride() == out.stride()))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "event_times", lambda run: torch.ones(1))
+        baselines.time_backward(Kernel(run, (case.q, case.k, case.v)), case, "transposed")
+    assert seen == [True]
+
+
 def test_wrong_kernels_get_no_number(on_cpu):
     case = random_case()
 
