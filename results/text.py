@@ -14,7 +14,7 @@ from .tables import ROW, SETTINGS, TIMED, ctx_name, labelled, metric_name, overv
 
 tabulate.MIN_PADDING = 0  # as narrow as their cells: the tables fit 120 columns
 WIDTH = 120
-LEFT_OUT = ("of matmul", "MiB", "x fa3", "x cudnn", "attend", "select", "x flex", "bwd ms", "x fa2", "TFLOP/s")  # if too wide
+LEFT_OUT = ("of matmul", "MiB", "x fa3", "attend", "select", "x flex", "x cudnn", "bwd ms", "x fa2", "TFLOP/s")  # if too wide
 LONGEST_REASON = 200  # characters; results.csv has the whole text
 ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 DECIDED = ("worse", "same", "better")
