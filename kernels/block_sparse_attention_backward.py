@@ -18,7 +18,7 @@ from .block_sparse_attention_backward_kernels import (
     block_sparse_attention_bwd_dkdv_kernel,
     block_sparse_attention_bwd_dq_kernel,
 )
-from .launch import L2_SHARE, LOG2E, aligned
+from .launch import L2_SHARE, LOG2E, aligned, power_of_2
 from .transpose_lists import transpose_lists
 
 PARTS = 4  # programs that share the longest possible list of query tiles
@@ -69,8 +69,7 @@ def block_sparse_attention_backward(
     Args: dout like out, dlse like lse, None means zero; the rest as in block_sparse_attention, `mask` checked.
     """
     dout = torch.zeros_like(out) if dout is None else dout
-    dout = aligned(dout.contiguous() if 0 in dout.stride() else dout)  # what was expanded has no strides for a descriptor
-    q, k, v, out = (aligned(x) for x in (q, k, v, out))
+    dout, q, k, v, out = (aligned(x) for x in (dout, q, k, v, out))
     # dq goes first: the transposed lists take many small launches, which then wait for nobody.
     dq, terms = backward_of_queries(dout, dlse, q, k, v, out, lse, mask, scale)
     lists = lists_of_keys(mask, q.shape[1], k.shape[1])
@@ -109,13 +108,12 @@ def _precision(q: Tensor) -> str:
 
 def backward_of_queries(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: BlockMask, scale: float,
-    options: dict | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq; fp32 [B, H, 2, NQ * q_block]: lse * log2(e) and minus delta of every query row and the padding after the last."""
     batch, heads, q_len, dim = q.shape
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
     mask_batch, mask_heads, rows, width = index.shape
-    options = dict(_dq_options(q, k, mask) if options is None else options)
+    options = _dq_options(q, k, mask)
     together, BM, BN = options.pop("together"), options["BM"], options["BN"]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     terms = torch.empty(batch, heads, 2, rows * mask.q_block, dtype=torch.float32, device=q.device)
@@ -125,7 +123,7 @@ def backward_of_queries(
         lse.contiguous(), lse if dlse is None else dlse.contiguous(), terms, num, index,
         mask_heads if mask_batch > 1 else 0, heads, heads // k.shape[1], mask_heads, q_len, k.shape[2], rows, width,
         _edge_tiles(mask, BN), together, scale, scale * LOG2E,
-        BD=triton.next_power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, HAS_DLSE=dlse is not None,
+        BD=power_of_2(dim), Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, HAS_DLSE=dlse is not None,
         PRECISION=_precision(q), **_cut(mask), **options,
     )  # fmt: skip
     return dq, terms
@@ -144,7 +142,7 @@ def lists_of_keys(mask: BlockMask, heads: int, kv_heads: int) -> tuple[Tensor, T
 
 def backward_of_keys(
     dout: Tensor, terms: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float,
-    lists: tuple[Tensor, Tensor, int], options: dict | None = None,
+    lists: tuple[Tensor, Tensor, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv, from the terms of backward_of_queries() and lists_of_keys()."""
     start, entries, listed = lists
@@ -152,10 +150,10 @@ def backward_of_keys(
     kv_heads, kv_len = k.shape[1:3]
     group, rows = heads // kv_heads, mask.kv_num_blocks.shape[2]
     blocks, lists_of_heads = triton.cdiv(kv_len, mask.kv_block), mask.kv_num_blocks.shape[1] // listed
-    options = dict(parts=PARTS, **_dkdv_options(q, mask)) if options is None else dict(options)
-    BM, BN, BD = options["BM"], options["BN"], triton.next_power_of_2(dim)
+    options = _dkdv_options(q, mask)
+    BM, BN, BD = options["BM"], options["BN"], power_of_2(dim)
     tiles, tiles_of_entry = triton.cdiv(kv_len, BN), group // listed * (mask.q_block // BM)
-    limit = max(triton.cdiv(rows * listed, options.pop("parts")), LEAST_TILES // tiles_of_entry, 1)
+    limit = max(triton.cdiv(rows * listed, PARTS), LEAST_TILES // tiles_of_entry, 1)
     parts = triton.cdiv(rows * listed, limit)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     slots = batch * kv_heads * tiles if parts > 1 else 0
@@ -168,6 +166,6 @@ def backward_of_keys(
         start, entries, sums, turns, lists_of_heads if len(mask.kv_num_blocks) > 1 else 0, int(lists_of_heads > 1),
         blocks, kv_heads, q_len, kv_len, terms.shape[3], limit, parts, scale, scale * LOG2E,
         BD=BD, Q_BLOCK=mask.q_block, KV_BLOCK=mask.kv_block, GROUP=group, LISTED=listed,
-        EDGE=triton.next_power_of_2(edge * listed), PRECISION=_precision(q), **_cut(mask), **options,
+        EDGE=power_of_2(edge * listed), PRECISION=_precision(q), **_cut(mask), **options,
     )  # fmt: skip
     return dk, dv

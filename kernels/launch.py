@@ -30,15 +30,21 @@ def runs_triton(impl: str, applies: bool) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy, as descriptors need it: channels together, everything else at multiples of 16 bytes."""
+    """x, or a copy, as descriptors need it: channels together, everything else at multiples of 16 bytes, nothing expanded."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
-    return x if fits else x.contiguous()
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a start at odd bytes
 
 
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n >= 1; a tenth of the time of Triton's, which is made for kernels."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 on a CPU, where the interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class Launch:
@@ -60,7 +66,7 @@ class Launch:
         self._compiled: dict[tuple, CompiledKernel] = {}
 
     def __call__(self, *tensors: Any) -> None:
-        """tensors: Tensors and tensor descriptors, the kernel's first arguments."""
+        """tensors: Tensors and tensor descriptors on the current device, the kernel's first arguments."""
         direct = DIRECT and not self.kernel.pre_run_hooks
         key = (driver.active.get_current_device(), *map(_kind, tensors)) if direct else ()
         compiled = self._compiled.get(key)

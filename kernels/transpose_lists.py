@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import runs_triton
+from .launch import power_of_2, runs_triton
 
 ROWS_PER_WORD = 32
 TILE_ENTRIES = 2048  # bits that a program of the second kernel looks at
@@ -100,11 +100,11 @@ def _transpose_lists_triton(num: Tensor, index: Tensor, blocks: int, group: int,
     per_block, groups = triton.cdiv(rows, ROWS_PER_WORD), batch * heads // group
     words = torch.zeros(batch * heads, per_block, blocks, dtype=torch.int32, device=index.device)
     transpose_lists_mark_kernel[(num.numel(),)](
-        num, index, words, rows, width, blocks, per_block, BC=min(triton.next_power_of_2(width), 128), num_warps=1
+        num, index, words, rows, width, blocks, per_block, BC=min(power_of_2(width), 128), num_warps=1
     )
     counts = torch.empty(groups * blocks * per_block, dtype=torch.int32, device=index.device)
     entries = torch.empty(capacity, dtype=torch.int32, device=index.device)
-    BR = triton.next_power_of_2(ROWS_PER_WORD * group)
+    BR = power_of_2(ROWS_PER_WORD * group)
     BJ = max(TILE_ENTRIES // BR, 1)
     grid = (triton.cdiv(blocks, BJ), per_block, groups)
     options = dict(GROUP=group, BJ=BJ, BR=BR, num_warps=4)

@@ -8,6 +8,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparsebench.kernels.launch import aligned
+
 SCRIPT = '''
 import types
 import torch, triton
@@ -112,3 +118,25 @@ def test_launches_what_triton_launches(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-W", "ignore", str(script)], env=env, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
+
+
+def test_what_a_descriptor_can_point_at_is_not_copied():
+    for x in (torch.randn(1, 2, 9, 72).half()[..., 8:], torch.randn(1, 9, 2, 64).transpose(1, 2)):
+        assert aligned(x) is x
+
+
+UNFIT = {
+    "starts at odd bytes": torch.randn(2 * 9 * 64 + 1).half()[1:].view(1, 2, 9, 64),
+    "rows at odd bytes": torch.randn(1, 2, 9, 67).half()[..., :64],
+    "channels apart": torch.randn(1, 2, 64, 9).half().transpose(2, 3),
+    "one head for all": torch.randn(1, 1, 9, 64).half().expand(-1, 2, -1, -1),
+    "one channel for all": torch.randn(1, 2, 9, 1).half().expand(-1, -1, -1, 64),
+}
+
+
+@pytest.mark.parametrize("x", UNFIT.values(), ids=UNFIT.keys())
+def test_what_a_descriptor_cannot_point_at_is_copied(x):
+    copy = aligned(x)
+    assert torch.equal(copy, x)
+    TensorDescriptor.from_tensor(copy, [1, 1, 8, 64])  # refuses what is not aligned
+    assert 0 not in copy.stride()
