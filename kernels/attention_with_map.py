@@ -15,7 +15,7 @@ from .block_sparse_attention import HEAD_DIMS, _box, block_sparse_attention_refe
 from .block_sparse_attention import _launch_options as attention_options
 from .hopper_attention_with_map import TEAM_ROWS, hopper_applies
 from .hopper_attention_with_map import launch as hopper_launch
-from .launch import LOG2E, aligned, runs_triton
+from .launch import LOG2E, aligned, multiprocessors, power_of_2, runs_triton
 
 CELL = 64  # tokens: the kernel's map is this fine
 SLOT_TILES = 2048  # key tiles that a program remembers, 128k tokens; what lies behind is multiplied again
@@ -242,9 +242,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, block: int, of: str, scale: float,
     batch, heads, q_len = q.shape[:3]
     options = {} if hopper else _launch_options(q, k)
     programs, rows, keys = (1, TEAM_ROWS, CELL) if hopper else (options.pop("programs"), options["BM"], options["BN"])
-    if q.is_cuda:
-        programs *= torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(programs, batch * heads * triton.cdiv(q_len, rows))
+    programs = min(programs * multiprocessors(q.device), batch * heads * triton.cdiv(q_len, rows))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     shape = batch, heads, triton.cdiv(q_len, CELL), triton.cdiv(k.shape[2], CELL)
@@ -259,7 +257,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, block: int, of: str, scale: float,
         exact = q.dtype == torch.float32
         map_of_lse_fwd_kernel[(shape[2], batch * heads)](
             _box(q, CELL), _box(k, CELL), lse, cells, heads, heads // k.shape[1], q_len, k.shape[2], shape[3], remembered,
-            scale * LOG2E, BD=triton.next_power_of_2(q.shape[3]), CELL=CELL, MASS=of == "mass",
+            scale * LOG2E, BD=power_of_2(q.shape[3]), CELL=CELL, MASS=of == "mass",
             PRECISION="ieee" if exact else "tf32", num_warps=8 if exact else 4, num_stages=1 if exact else 2,
         )  # fmt: skip
     cells = _pool(cells, block // CELL, of)
@@ -277,7 +275,7 @@ def _triton_launch(
     attention_with_map_fwd_kernel[(slots.shape[0],)](
         _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), lse, cells, slots, counter, heads, heads // k.shape[1], q_len,
         k.shape[2], cells.shape[3], batch * heads * triton.cdiv(q_len, BM), slots.shape[1], together, scale * LOG2E,
-        BD=triton.next_power_of_2(dim), CELL=CELL, MASS=mass, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BD=power_of_2(dim), CELL=CELL, MASS=mass, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **options,
     )  # fmt: skip
 

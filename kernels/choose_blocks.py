@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block_lists import FULL_WIDTH_BYTES, block_lists, causal_blocks
 from .block_mask import BlockMask
-from .launch import INTERPRETED, Launch, power_of_2, runs_triton
+from .launch import INTERPRETED, Launch, multiprocessors, power_of_2, runs_triton
 
 MOST_BLOCKS = 8192  # key blocks of a row that the kernel holds in registers; longer contexts take the reference
 MOST_CHANNELS = 256
@@ -228,11 +228,6 @@ def _launch_options(dtype: torch.dtype, channels: int, columns: int, top: bool) 
     return tile | programs | dict(PRECISION=precision, num_warps=warps, num_stages=2)
 
 
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @functools.lru_cache(256)
 def _launch(
     q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int, int],
@@ -243,7 +238,7 @@ def _launch(
     held = power_of_2(max(blocks, 64))
     options = _launch_options(dtype, channels, held, width is not None)
     tiles = batch * heads * -(-rows // options["BM"])
-    programs = min(options.pop("programs") * _multiprocessors(device), tiles)
+    programs = min(options.pop("programs") * multiprocessors(device), tiles)
     launch = Launch(
         choose_blocks_fwd_kernel, (programs,), tiles, batch * heads, heads, k_heads, rows, blocks, width or 0, columns or 0,
         threshold, scale, kv_len - q_len, kv_len, first_dense, q_block, kv_block,

@@ -10,23 +10,29 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .block_mask import BlockMask
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
-from .launch import L2_SHARE, LOG2E, aligned, planned
+from .launch import L2_SHARE, LOG2E, aligned, multiprocessors, planned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
+DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 SHORT, MEDIUM = 8192, 32768  # tokens up to which a choice of launch_options was measured
 
 
+def on_hopper(q: Tensor) -> bool:
+    """Whether q is on a GPU of compute capability 9.0."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+
+
 def hopper_applies(q: Tensor, mask: BlockMask) -> bool:
     """Whether hopper_forward computes this: a GPU of compute capability 9.0, fp16 or bf16, D 64 or 128, and a mask of plain
     tiled blocks of BLOCKS."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0) and not unsupported(q, mask)
+    return on_hopper(q) and not unsupported(q, mask)
 
 
 def unsupported(q: Tensor, mask: BlockMask) -> str | None:
     """What of q's and the mask's form the kernels do not compute, or None."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if q.dtype not in DTYPES:
         return f"dtype {q.dtype}: it takes fp16 and bf16"
     if q.shape[-1] not in HEAD_DIMS:
         return f"head_dim {q.shape[-1]}: it takes {HEAD_DIMS}"
@@ -63,7 +69,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     num, index = mask.kv_num_blocks.contiguous(), mask.kv_indices.contiguous()
     mask_batch, mask_heads, _, width = index.shape
     options = launch_options(q, k, mask)
-    solo = "TEAM" not in options
+    solo = "PACK" not in options
     q_block, kv_block = (64, 64) if solo else (mask.q_block, mask.kv_block)
     edge = _edge(mask.kv_len - mask.q_len, q_block, kv_block)
     tiles = -(-mask.q_len // q_block)
@@ -98,7 +104,7 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
     are TFLOP/s, docs/kernels.md has all).
 
     together: heads (packs of PACK heads) that take turns in launch order. programs: how many share the work, None for one each.
-    Without TEAM, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor, 128 four.
+    Without PACK, attention_solo_kernel: maxnreg 168 lets three programs share a multiprocessor, 128 four.
     """
     heads, kv_heads, kv_len, mask_heads = q.shape[1], k.shape[1], k.shape[2], mask.kv_num_blocks.shape[1]
     group = heads // kv_heads
@@ -114,18 +120,13 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
     pack = 2 if mask.q_block == 64 else 1
     # Three stages against two: 592 and 583 at 32k, 644 and 623 with half kept, 620 and 604 at 128k.
     options = dict(
-        BN=128, STAGES_K=3, STAGES_V=3, TEAM=2, PACK=pack, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, together=1,
-        programs=None, num_warps=4, maxnreg=168,
+        BN=128, STAGES_K=3, STAGES_V=3, PACK=pack, Q_IN_REGS=False, together=1, programs=None, num_warps=4, maxnreg=168,
     )  # fmt: skip
     if mask.kv_block == 128 and kv_len <= MEDIUM:  # the next unit's loads run during the end of this one: 616 against 593
-        options |= dict(together=group, programs=_multiprocessors(q.device))
+        options |= dict(together=group, programs=multiprocessors(q.device))
     elif pack == 1 and kv_len > MEDIUM:  # q from registers spares shared memory reads, its load delays the start: 628, 620
         options |= dict(Q_IN_REGS=True)
     return options
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _edge(offset: int, q_block: int, kv_block: int) -> int:

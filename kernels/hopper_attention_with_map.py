@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_attention import HEAD_DIMS, _box
-from .hopper_kernels import ROWS, _barriers, _copy_in, _store_out
+from .hopper_attention import DTYPES, HEAD_DIMS, _box, on_hopper
+from .hopper_kernels import ROWS, _barriers, _copy_in, _score, _store_out
 from .launch import LOG2E
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names in Triton 3.9 and 3.6
@@ -22,8 +21,7 @@ KEYS = gl.constexpr(64)  # of a cell
 
 def hopper_applies(q: Tensor) -> bool:
     """Whether launch() computes this: a GPU of compute capability 9.0, fp16 or bf16, D 64 or 128."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and q.shape[-1] in HEAD_DIMS and torch.cuda.get_device_capability(q.device) == (9, 0)
+    return on_hopper(q) and q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS
 
 
 @gluon.jit
@@ -114,14 +112,6 @@ def _softmax_step(
     kept = (o_c < slot_tiles)[None, :] & (o_r >= 0)[:, None]
     gl.store(slots + o_c[None, :] * (TEAM * ROWS) + o_r[:, None], b_seen, mask=kept)
     return b_p, b_alpha, b_m_new, b_l * b_alpha + b_sum
-
-
-@gluon.jit
-def _score(b_q, smem, full, i, zeros):
-    """q k^T of the i-th step, under way."""
-    STAGES: gl.constexpr = smem.shape[0]
-    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
-    return warpgroup_mma(b_q, smem.index(i % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -254,11 +244,11 @@ def launch(
 ) -> None:
     """Fills out, lse and the cells of the first slots.shape[1] key tiles; slots: fp32 [programs, key tiles, 128] of scratch."""
     batch, heads, q_len, dim = q.shape
-    tiles, rows = -(-q_len // TEAM_ROWS), OPTIONS["BN"]
+    tiles, keys = -(-q_len // TEAM_ROWS), OPTIONS["BN"]
     # All heads take turns: rows of one length run at the same time and read the same keys at about the same time.
     together = heads
     hopper_attention_with_map_kernel[(slots.shape[0],)](
-        _box(q, 64, dim), _box(k, rows, dim), _box(v, rows, dim), _box(out, 64, dim), lse, cells, slots,
+        _box(q, 64, dim), _box(k, keys, dim), _box(v, keys, dim), _box(out, 64, dim), lse, cells, slots,
         tiles * batch * heads, tiles, together, heads, heads // k.shape[1], q_len, k.shape[2], cells.shape[3], slots.shape[1],
         scale * LOG2E, D=dim, MASS=mass, **OPTIONS,
     )  # fmt: skip

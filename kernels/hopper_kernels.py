@@ -120,6 +120,14 @@ def _turns(units):
 
 
 @gluon.jit
+def _score(b_q, smem, full, i, zeros):
+    """q k^T of a consumer's i-th step, under way."""
+    STAGES: gl.constexpr = smem.shape[0]
+    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
+    return warpgroup_mma(b_q, smem.index(i % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _solo_step(
     i, n, edge, b_q, b_m, b_l, b_acc, zeros, slot, phase, k_smem, v_smem, k_full, v_full, k_box, v_box, kv_index,
     i_b, i_kv, width, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,

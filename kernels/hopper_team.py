@@ -1,4 +1,4 @@
-"""The kernel of hopper_attention.py in which warpgroups share K and V: a producer warp and one or two consumers."""
+"""The kernel of hopper_attention.py in which warpgroups share K and V: a producer warp and two consumers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from .hopper_kernels import (
     _copy_in,
     _load,
     _row_sums,
+    _score,
     _softmax_step,
     _store_out,
     _turns,
     _unit,
 )  # fmt: skip
+
+TEAM = gl.constexpr(2)  # consumers
 
 
 @gluon.jit
@@ -83,7 +86,6 @@ def _fill(box, pipe, i, t, n, masked, pad, kv_index, i_b, i_kv, KV: gl.constexpr
 @gluon.jit
 def _produce(q_box, k_box, v_box, pipes, plan, units, edge, KV: gl.constexpr, PACK: gl.constexpr):
     q_smem, q_full, q_empty = pipes[0]
-    TEAM: gl.constexpr = q_smem.shape[0]
     i = 0
     for turn in range(0, _turns(units)):
         i_tile, i_b, i_h, i_kv, n, kv_list = _place(turn, plan, PACK)
@@ -95,13 +97,13 @@ def _produce(q_box, k_box, v_box, pipes, plan, units, edge, KV: gl.constexpr, PA
                 for w in gl.static_range(TEAM):
                     mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
                     mbarrier.expect(q_full.index(w), ROWS * q_smem.shape[2] * 2)
-                    head, row0 = _rows(i_tile, i_h, w, TEAM, PACK)
+                    head, row0 = _rows(i_tile, i_h, w, PACK)
                     _copy_in(q_box, i_b, head, row0, q_full.index(w), q_smem.index(w), True)
             i += 1
 
 
 @gluon.jit
-def _rows(i_tile, i_h, w, TEAM: gl.constexpr, PACK: gl.constexpr):
+def _rows(i_tile, i_h, w, PACK: gl.constexpr):
     """(head, first row) of consumer w: consumers are neighbouring heads (PACK > 1) or neighbouring rows."""
     if PACK > 1:
         return i_h + w, i_tile * ROWS
@@ -123,60 +125,34 @@ def _keys(t, n, masked, pad, kv_list, kv_len, o_n, KV: gl.constexpr, PER: gl.con
 
 
 @gluon.jit
-def _score(b_q, pipe, i, zeros):
-    """q k^T of the consumer's i-th step, under way."""
-    smem, full = pipe[0], pipe[1]
-    STAGES: gl.constexpr = smem.shape[0]
-    mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
-    return warpgroup_mma(b_q, smem.index(i % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _team_step(
-    t, i, i_turn, n, masked, pad, kv_list, b_q, b_p, b_m, b_l, b_acc, zeros, pipes, o_n, o_row, kv_len, scale_log2,
-    W: gl.constexpr, KV: gl.constexpr, OVERLAP: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
+    t, i, n, masked, pad, kv_list, b_q, b_p, b_m, b_l, b_acc, zeros, pipes, o_n, o_row, kv_len, scale_log2,
+    KV: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """With OVERLAP q k^T of this step and p v of the last one run while the softmax of this one is computed."""
-    k_smem, k_empty = pipes[1][0], pipes[1][2]
+    """q k^T of this step and p v of the last one run while the softmax of this one is computed."""
+    k_smem, k_full, k_empty = pipes[1]
     v_smem, v_full, v_empty = pipes[2]
-    order = pipes[3]
     SK: gl.constexpr = k_smem.shape[0]
     SV: gl.constexpr = v_smem.shape[0]
     O: gl.constexpr = b_acc.type.layout
     o_key, seen = o_n, o_n < 0
     if MASKED:
         o_key, seen = _keys(t, n, masked, pad, kv_list, kv_len, o_n, KV, k_smem.shape[1] // KV)
-    if PINGPONG:
-        mbarrier.wait(order.index(W), (i_turn & 1) ^ (1 - W))
-    b_s = _score(b_q, pipes[1], i, zeros)
-    if OVERLAP:
-        b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
-        if PINGPONG:
-            mbarrier.arrive(order.index(1 - W), count=1)
-        b_s = warpgroup_mma_wait(1, deps=[b_s])
-    else:
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
+    b_s = _score(b_q, k_smem, k_full, i, zeros)
+    b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(k_empty.index(i % SK), count=1)
     b_p32, b_alpha, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED)
     # Between softmax and the next wait: without it ptxas waits for p v before the softmax.
     mbarrier.wait(v_full.index(i % SV), i // SV & 1)
-    if OVERLAP:
-        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
     b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
-    b_p = gl.convert_layout(b_p32.to(b_q.dtype), gl.DotOperandLayout(0, O, 2))
-    if not OVERLAP:
-        b_acc = warpgroup_mma(b_p, v_smem.index(i % SV), b_acc, is_async=True)
-        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-        mbarrier.arrive(v_empty.index(i % SV), count=1)
-    return b_p, b_m, b_l, b_acc
+    return gl.convert_layout(b_p32.to(b_q.dtype), gl.DotOperandLayout(0, O, 2)), b_m, b_l, b_acc
 
 
 @gluon.jit
-def _consume(
-    args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr,
-    OVERLAP: gl.constexpr, PINGPONG: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
-):  # fmt: skip
+def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr):
     o_box, lse, pipes, plan, units, edge, q_len, kv_len, scale_log2 = args
     q_smem, q_full, q_empty = pipes[0]
     v_smem, v_empty = pipes[2][0], pipes[2][2]
@@ -188,43 +164,37 @@ def _consume(
     o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
     i = 0
-    i_turn = 0
     for turn in range(0, _turns(units)):
         i_tile, i_b, i_h, _, n, kv_list = _place(turn, plan, PACK)
         steps, masked, pad = _steps(n, edge, BN // KV)
-        i_h, row0 = _rows(i_tile, i_h, W, q_smem.shape[0], PACK)
+        i_h, row0 = _rows(i_tile, i_h, W, PACK)
         o_row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, S)) + kv_len - q_len
         b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
         b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
         b_acc = gl.zeros([ROWS, D], gl.float32, O)
-        b_p = gl.zeros([ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, O, 2))
         mbarrier.wait(q_full.index(W), turn & 1)
         b_q = q_smem.index(W)
         if Q_IN_REGS:
             b_q = b_q.load(gl.DotOperandLayout(0, S, 2))
-        if OVERLAP:  # the first step has no product with V of an earlier one
-            b_p, b_m, b_l = _first_step(
-                n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV, O
-            )
-            i += 1
-        for t in range(1 if OVERLAP else 0, masked):
+        b_p, b_m, b_l = _first_step(
+            n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV, O
+        )
+        i += 1
+        for t in range(1, masked):
             b_p, b_m, b_l, b_acc = _team_step(
-                t, i, i_turn, n, masked, pad, kv_list, b_q, b_p, b_m, b_l, b_acc, zeros, pipes, o_n, o_row, kv_len, scale_log2,
-                W, KV, OVERLAP, PINGPONG, True,
+                t, i, n, masked, pad, kv_list, b_q, b_p, b_m, b_l, b_acc, zeros, pipes, o_n, o_row, kv_len, scale_log2,
+                KV, True,
             )  # fmt: skip
             i += 1
-            i_turn += 1
         for t in range(masked, steps):
             b_p, b_m, b_l, b_acc = _team_step(
-                t, i, i_turn, n, masked, pad, kv_list, b_q, b_p, b_m, b_l, b_acc, zeros, pipes, o_n, o_row, kv_len, scale_log2,
-                W, KV, OVERLAP, PINGPONG, False,
+                t, i, n, masked, pad, kv_list, b_q, b_p, b_m, b_l, b_acc, zeros, pipes, o_n, o_row, kv_len, scale_log2,
+                KV, False,
             )  # fmt: skip
             i += 1
-            i_turn += 1
-        if OVERLAP:
-            b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
-            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-            mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
+        b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+        mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
         i_bh = i_b * plan[4] + i_h
         b_l = _row_sums(b_l, b_m)
         _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE)
@@ -235,11 +205,12 @@ def _consume(
 def _first_step(
     n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr, O: gl.constexpr
 ):
-    k_smem, k_empty = pipes[1][0], pipes[1][2]
+    """A turn's first step, which has no product with V of an earlier one."""
+    k_smem, k_full, k_empty = pipes[1]
     v_smem, v_full = pipes[2][0], pipes[2][1]
     SV: gl.constexpr = v_smem.shape[0]
     o_key, seen = _keys(0, n, masked, pad, kv_list, kv_len, o_n, KV, k_smem.shape[1] // KV)
-    b_s = warpgroup_mma_wait(0, deps=[_score(b_q, pipes[1], i, zeros)])
+    b_s = warpgroup_mma_wait(0, deps=[_score(b_q, k_smem, k_full, i, zeros)])
     mbarrier.arrive(k_empty.index(i % k_smem.shape[0]), count=1)
     b_p, _, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, True)
     mbarrier.wait(v_full.index(i % SV), i // SV & 1)
@@ -250,12 +221,12 @@ def _first_step(
 def attention_team_kernel(
     q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, units, scale_log2,
-    D: gl.constexpr, KV: gl.constexpr, BN: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, TEAM: gl.constexpr,
-    PACK: gl.constexpr, OVERLAP: gl.constexpr, PINGPONG: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
+    D: gl.constexpr, KV: gl.constexpr, BN: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+    PACK: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
 ):  # fmt: skip
-    """TEAM warpgroups of 64 rows over one list of blocks of KV keys, BN keys a step, fed by one warp.
+    """Two warpgroups of 64 rows over one list of blocks of KV keys, BN keys a step, fed by one warp.
 
-    The rows are TEAM * 64 neighbours of one head, or 64 rows of PACK = TEAM heads that share a selection. With fewer
+    The rows are 128 neighbours of one head, or 64 rows of PACK = 2 heads that share a selection. With fewer
     programs than units of work each takes one of every num_programs.
     """
     dtype: gl.constexpr = q_box.dtype
@@ -263,21 +234,16 @@ def attention_team_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [TEAM, ROWS, D], TILE)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES_K, BN, D], TILE)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES_V, BN, D], TILE)
-    q_full, q_empty, order = _barriers(TEAM, 1), _barriers(TEAM, 1), _barriers(2, 1)
+    q_full, q_empty = _barriers(TEAM, 1), _barriers(TEAM, 1)
+    _barriers(2, 1)  # nothing waits for these: without them the compiled kernel would not be the one that was measured
     k_full, k_empty = _barriers(STAGES_K, 1), _barriers(STAGES_K, TEAM)
     v_full, v_empty = _barriers(STAGES_V, 1), _barriers(STAGES_V, TEAM)
     fence_async_shared()
-    pipes = ((q_smem, q_full, q_empty), (k_smem, k_full, k_empty), (v_smem, v_full, v_empty), order)
+    pipes = ((q_smem, q_full, q_empty), (k_smem, k_full, k_empty), (v_smem, v_full, v_empty))
     plan = (kv_num, kv_index, tiles, together, heads, group, stride_mask_batch, mask_heads, width)
     args = (o_box, lse, pipes, plan, units, edge, q_len, kv_len, scale_log2)
-    if TEAM == 1:
-        gl.warp_specialize([
-            (_consume, (args, 0, KV, PACK, OVERLAP, PINGPONG, Q_IN_REGS, STORE_LSE)),
-            (_produce, (q_box, k_box, v_box, pipes, plan, units, edge, KV, PACK)),
-        ], [1], [24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (args, 0, KV, PACK, OVERLAP, PINGPONG, Q_IN_REGS, STORE_LSE)),
-            (_consume, (args, 1, KV, PACK, OVERLAP, PINGPONG, Q_IN_REGS, STORE_LSE)),
-            (_produce, (q_box, k_box, v_box, pipes, plan, units, edge, KV, PACK)),
-        ], [4, 1], [240, 24])  # fmt: skip
+    gl.warp_specialize([
+        (_consume, (args, 0, KV, PACK, Q_IN_REGS, STORE_LSE)),
+        (_consume, (args, 1, KV, PACK, Q_IN_REGS, STORE_LSE)),
+        (_produce, (q_box, k_box, v_box, pipes, plan, units, edge, KV, PACK)),
+    ], [4, 1], [240, 24])  # fmt: skip

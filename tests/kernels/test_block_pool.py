@@ -55,8 +55,8 @@ def test_q_and_k_together_are_each_alone(device, impl):
 
 def test_any_strides(device):
     """Heads and tokens may lie in memory as a transposed projection leaves them, or as slices of something larger."""
-    whole = torch.randn(2, 90, 5, 16, device=device)
-    for x in (whole.transpose(1, 2)[:, 1:4, 7:], whole.permute(0, 3, 1, 2), torch.randn(2, 3, 90, 17, device=device)[..., 1:]):
+    whole = torch.randn(1, 41, 5, 16, device=device)
+    for x in (whole.transpose(1, 2)[:, 1:4, 7:], whole.permute(0, 3, 1, 2), torch.randn(2, 1, 41, 17, device=device)[..., 1:]):
         assert torch.equal(block_pool(x, 32, POOLS, impl="triton"), block_pool(x.contiguous(), 32, POOLS, impl="triton"))
 
 

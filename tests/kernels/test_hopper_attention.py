@@ -104,7 +104,7 @@ def test_patterns(pattern, blocks, hopper, check_attention):
         check_attention(*hopper_forward(q, k, v, mask, scale, True), q, k, v, mask)
 
 
-TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, TEAM=2, PACK=1, OVERLAP=True, PINGPONG=False, Q_IN_REGS=False, maxnreg=168)
+TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, PACK=1, Q_IN_REGS=False, maxnreg=168)
 KERNELS = {
     "one stage": ((64, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
     "64-row programs, blocks 128x64": ((128, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
@@ -182,8 +182,9 @@ def test_offsets_beyond_32_bits(block, mask_heads, hopper):
     rows = torch.arange(length // block, dtype=torch.int32, device=hopper).expand(1, mask_heads, -1)
     mask = BlockMask(torch.ones_like(rows), rows[..., None], length, length, block, block)
     out, lse = hopper_forward(q, k, v, mask, 128**-0.5, True)
-    assert out.isfinite().all() and lse.isfinite().all()
     last = [x[:, -1:, -tail:].contiguous() for x in (q, k, v)]
+    del q, k, v  # isfinite() takes memory of its own
+    assert out.isfinite().all() and lse.isfinite().all()
     few = torch.arange(tail // block, dtype=torch.int32, device=hopper)[None, None]
     local = BlockMask(torch.ones_like(few), few[..., None], tail, tail, block, block)
     expected, expected_lse = block_sparse_attention_reference(*last, local, 128**-0.5)
