@@ -220,6 +220,18 @@ def test_neighbouring_heads_are_packed_only_where_they_share_a_selection(monkeyp
         assert launch_options(q, k, random_mask("cpu", 1, mask_heads, 300, 300, 128, 128))["PACK"] == 1
 
 
+@pytest.mark.parametrize("q_block, kv_block", hopper_attention.BLOCKS)
+def test_every_block_after_a_first_query_is_masked_and_no_other(q_block, kv_block):
+    most = {False: 0, True: 0}
+    for offset in range(256):
+        aligned = offset % max(q_block, kv_block) == 0
+        first = offset + torch.arange(8) * q_block
+        needed = (first + q_block - 1) // kv_block - (first + 1) // kv_block + 1
+        most[aligned] = max(most[aligned], int(needed.max()))
+    assert hopper_attention._edge(0, q_block, kv_block) == most[True]
+    assert hopper_attention._edge(1, q_block, kv_block) == most[False]
+
+
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
