@@ -11,7 +11,7 @@ from torch import Tensor
 from .block_lists import causal_blocks
 from .block_mask import BlockMask
 from .block_mass import block_mass
-from .block_sparse_attention import HEAD_DIMS, _box, block_sparse_attention_reference
+from .block_sparse_attention import HEAD_DIMS, _box, block_sparse_attention_reference, check_tensors
 from .block_sparse_attention import _launch_options as attention_options
 from .hopper_attention_with_map import TEAM_ROWS, hopper_applies
 from .hopper_attention_with_map import launch as hopper_launch
@@ -81,13 +81,9 @@ def attention_with_map(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block: int, of: str) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"need q [B, H, q_len, D] and k, v [B, H_kv, kv_len, D], got {shapes}")
-    if q.shape[1] % k.shape[1] or not 0 < q.shape[2] <= k.shape[2]:
-        raise ValueError(f"need query heads in multiples of KV heads and 0 < q_len <= kv_len, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    shapes = check_tensors(q, k, v)
+    if not 0 < q.shape[2] <= k.shape[2]:
+        raise ValueError(f"need 0 < q_len <= kv_len, got {shapes}")
     if block < 1 or of not in ("max", "mass"):
         raise ValueError(f"block must be positive and of 'max' or 'mass', got {block} and {of!r}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -35,6 +35,14 @@ def causal_blocks(q_len: int, kv_len: int, q_block: int, kv_block: int, device=N
     return first_key[None, :] <= last_query[:, None]
 
 
+def edge_blocks(offset: int, q_block: int, kv_block: int) -> int:
+    """Whole blocks at the end of a row's list that may hold a key later than the row's first query. offset: kv_len - q_len."""
+    if offset % max(q_block, kv_block) == 0:
+        return max(q_block // kv_block, 1)
+    # Blocks that start less than q_block rows after the first query and end after it.
+    return (q_block + kv_block - 3) // kv_block + 1
+
+
 def numbers(chosen: Tensor, width: int) -> Tensor:
     """int32 [..., width]: where every row of bool [..., N] is True, ascending, then zeros; no row has more than `width`."""
     rows, number = chosen.flatten(0, -2), torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .block_lists import edge_blocks
 from .block_mask import BlockMask
 from .hopper_attention import hopper_applies, hopper_forward, unsupported
 from .launch import L2_SHARE, LOG2E, aligned, planned, power_of_2
@@ -63,7 +64,7 @@ def block_sparse_attention(
     Raises: ValueError when a query row would see no key, shapes or dtypes disagree, D is unsupported, or a gradient is needed
         that Triton has no kernel for (block_sparse_attention_backward.py says which).
     """
-    _check_shapes(q, k, v, mask)
+    _check_mask(q, k, mask, check_tensors(q, k, v))
     mask = mask.check()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < float("inf"):
@@ -81,7 +82,8 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """q's, k's and v's shapes as text for messages. Raises: ValueError when shapes or dtypes disagree."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"need q [B, H, q_len, D] and k, v [B, H_kv, kv_len, D], got {shapes}")
@@ -89,6 +91,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
         raise ValueError(f"query heads must be a multiple of KV heads, got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    return shapes
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: BlockMask, shapes: str) -> None:
     if (mask.q_len, mask.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(f"mask is for {mask.q_len} x {mask.kv_len} tokens, got {shapes}")
     batch, heads = mask.kv_num_blocks.shape[:2]
@@ -310,12 +316,8 @@ def _box(x: Tensor, rows: int) -> TensorDescriptor:
 
 def _edge_tiles(mask: BlockMask, BN: int) -> int:
     """How many tiles at the end of a row's list may hold a key later than the first row of a program."""
-    largest = max(mask.q_block, mask.kv_block)
-    if mask.step == mask.kv_block and (mask.kv_len - mask.q_len) % largest == 0:
-        return largest // BN
-    # Blocks that start less than q_block rows after the program's first row and end after it, whole blocks counted.
-    blocks = (mask.q_block + mask.kv_block - 3) // mask.kv_block + 1
-    return blocks * (mask.kv_block // BN)
+    offset = mask.kv_len - mask.q_len if mask.step == mask.kv_block else 1  # untiled blocks start anywhere
+    return edge_blocks(offset, mask.q_block, mask.kv_block) * (mask.kv_block // BN)
 
 
 def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, store_lse: bool) -> tuple[Tensor, Tensor]:

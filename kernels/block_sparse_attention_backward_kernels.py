@@ -115,6 +115,27 @@ def _dkdv_tile(
     return b_dk, b_dv
 
 
+@triton.jit
+def _dkdv_step(
+    entry, t, b_k, b_v, b_dk, b_dv, q_box, do_box, terms, i_b, i_kv, o_m, o_key, scale_log2, q_len, kv_len, padded_len,
+    BM: tl.constexpr, BD: tl.constexpr, Q_BLOCK: tl.constexpr, GROUP: tl.constexpr, LISTED: tl.constexpr, WINDOW: tl.constexpr,
+    SINK: tl.constexpr, LAST: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tile t of the query rows that list the keys: its head and rows are in the list's `entry`."""
+    REPEAT: tl.constexpr = GROUP // LISTED
+    i_g = entry % LISTED + t % REPEAT
+    first = entry // LISTED * Q_BLOCK + t // REPEAT % (Q_BLOCK // BM) * BM
+    b_q = q_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
+    b_do = do_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
+    p_term = terms + (i_g.to(tl.int64) * 2 * padded_len + first) + o_m
+    b_lse = tl.load(p_term)
+    b_minus_delta = tl.load(p_term + padded_len)
+    return _dkdv_tile(
+        b_k, b_v, b_dk, b_dv, b_q, b_do, b_lse, b_minus_delta, first + o_m + kv_len - q_len, o_key, scale_log2, kv_len,
+        WINDOW, SINK, LAST, STRIDE, MASKED, PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["blocks", "q_len", "kv_len", "limit", "parts"])
 def block_sparse_attention_bwd_dkdv_kernel(
     q_box, k_box, v_box, do_box, dk_box, dv_box, terms, list_start, entries, sums, turns,
@@ -141,8 +162,7 @@ def block_sparse_attention_bwd_dkdv_kernel(
         return
     mine = tl.minimum(listed - part * limit, limit)
     entries += start + part * limit
-    REPEAT: tl.constexpr = GROUP // LISTED
-    TILES: tl.constexpr = REPEAT * (Q_BLOCK // BM)
+    TILES: tl.constexpr = GROUP // LISTED * (Q_BLOCK // BM)
 
     o_key = i_tile * BN + tl.arange(0, BN)
     o_m = tl.arange(0, BM)
@@ -157,30 +177,15 @@ def block_sparse_attention_bwd_dkdv_kernel(
     b_dv = tl.zeros([BN, BD], tl.float32)
 
     for t in range(0, edge * TILES):
-        entry = tl.load(entries + t // TILES)
-        i_g = entry % LISTED + t % REPEAT
-        first = entry // LISTED * Q_BLOCK + t // REPEAT % (Q_BLOCK // BM) * BM
-        b_q = q_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
-        b_do = do_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
-        p_term = terms + (i_g.to(tl.int64) * 2 * padded_len + first) + o_m
-        b_lse = tl.load(p_term)
-        b_minus_delta = tl.load(p_term + padded_len)
-        b_dk, b_dv = _dkdv_tile(
-            b_k, b_v, b_dk, b_dv, b_q, b_do, b_lse, b_minus_delta, first + o_m + kv_len - q_len, o_key, scale_log2, kv_len,
-            WINDOW, SINK, LAST, STRIDE, True, PRECISION,
+        b_dk, b_dv = _dkdv_step(
+            tl.load(entries + t // TILES), t, b_k, b_v, b_dk, b_dv, q_box, do_box, terms, i_b, i_kv, o_m, o_key,
+            scale_log2, q_len, kv_len, padded_len, BM, BD, Q_BLOCK, GROUP, LISTED, WINDOW, SINK, LAST, STRIDE, True, PRECISION,
         )  # fmt: skip
     for t in range(0, (mine - edge) * TILES):
-        entry = tl.load(entries + mine - 1 - t // TILES)
-        i_g = entry % LISTED + t % REPEAT
-        first = entry // LISTED * Q_BLOCK + t // REPEAT % (Q_BLOCK // BM) * BM
-        b_q = q_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
-        b_do = do_box.load([i_b, i_kv * GROUP + i_g, first, 0]).reshape(BM, BD)
-        p_term = terms + (i_g.to(tl.int64) * 2 * padded_len + first) + o_m
-        b_lse = tl.load(p_term)
-        b_minus_delta = tl.load(p_term + padded_len)
-        b_dk, b_dv = _dkdv_tile(
-            b_k, b_v, b_dk, b_dv, b_q, b_do, b_lse, b_minus_delta, first + o_m + kv_len - q_len, o_key, scale_log2, kv_len,
-            WINDOW, SINK, LAST, STRIDE, WINDOW >= 0, PRECISION,
+        b_dk, b_dv = _dkdv_step(
+            tl.load(entries + mine - 1 - t // TILES), t, b_k, b_v, b_dk, b_dv, q_box, do_box, terms, i_b, i_kv, o_m, o_key,
+            scale_log2, q_len, kv_len, padded_len, BM, BD, Q_BLOCK, GROUP, LISTED, WINDOW, SINK, LAST, STRIDE, WINDOW >= 0,
+            PRECISION,
         )  # fmt: skip
 
     last = (part + 1) * limit >= listed

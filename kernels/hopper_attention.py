@@ -7,6 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .block_lists import edge_blocks
 from .block_mask import BlockMask
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
@@ -71,7 +72,7 @@ def hopper_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     options = launch_options(q, k, mask)
     solo = "PACK" not in options
     q_block, kv_block = (64, 64) if solo else (mask.q_block, mask.kv_block)
-    edge = _edge(mask.kv_len - mask.q_len, q_block, kv_block)
+    edge = edge_blocks(mask.kv_len - mask.q_len, q_block, kv_block)
     tiles = -(-mask.q_len // q_block)
     heads, together = q.shape[1], options.pop("together")
     sizes = (
@@ -127,13 +128,6 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
     elif pack == 1 and kv_len > MEDIUM:  # q from registers spares shared memory reads, its load delays the start: 628, 620
         options |= dict(Q_IN_REGS=True)
     return options
-
-
-def _edge(offset: int, q_block: int, kv_block: int) -> int:
-    """Whole blocks at the end of a row's list that may hold a key later than the row's first query. offset: kv_len - q_len."""
-    if offset % max(q_block, kv_block) == 0:
-        return max(q_block // kv_block, 1)
-    return (q_block + kv_block - 3) // kv_block + 1
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

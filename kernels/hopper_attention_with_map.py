@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .hopper_attention import DTYPES, HEAD_DIMS, _box, on_hopper
-from .hopper_kernels import ROWS, _barriers, _copy_in, _score, _store_out
+from .hopper_kernels import ROWS, _barriers, _begin_step, _copy_in, _end_step, _score, _store_out
 from .launch import LOG2E
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names in Triton 3.9 and 3.6
@@ -121,22 +121,12 @@ def _step(
 ):  # fmt: skip
     """q k^T of this step and p v of the last one run while the softmax of this one is computed."""
     _q_smem, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = ring
-    SK: gl.constexpr = k_smem.shape[0]
-    SV: gl.constexpr = v_smem.shape[0]
-    O: gl.constexpr = b_acc.type.layout
-    b_s = _score(b_q, k_smem, k_full, i, zeros)
-    b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
-    mbarrier.arrive(k_empty.index(i % SK), count=1)
+    b_s, b_acc = _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
     b_p32, b_alpha, b_m, b_l = _softmax_step(
         b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, MASKED
     )  # fmt: skip
-    # Between softmax and the next wait: without it ptxas waits for p v before the softmax.
-    mbarrier.wait(v_full.index(i % SV), i // SV & 1)
-    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-    mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
-    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
-    return gl.convert_layout(b_p32.to(b_q.dtype), gl.DotOperandLayout(0, O, 2)), b_m, b_l, b_acc
+    b_p, b_acc = _end_step(b_p32, b_alpha, b_acc, v_smem, v_full, v_empty, i)
+    return b_p, b_m, b_l, b_acc
 
 
 @gluon.jit

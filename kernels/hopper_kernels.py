@@ -78,6 +78,29 @@ def _row_sums(b_l, b_m):
 
 
 @gluon.jit
+def _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i):
+    """(q k^T of step i, p v of step i - 1, still under way)."""
+    b_s = _score(b_q, k_smem, k_full, i, zeros)
+    b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % v_smem.shape[0]), b_acc, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    mbarrier.arrive(k_empty.index(i % k_smem.shape[0]), count=1)
+    return b_s, b_acc
+
+
+@gluon.jit
+def _end_step(b_p, b_alpha, b_acc, v_smem, v_full, v_empty, i):
+    """(probabilities of step i as an operand, accumulator to add its p v to)."""
+    STAGES: gl.constexpr = v_smem.shape[0]
+    # Between softmax and the next wait: without it ptxas waits for p v before the softmax.
+    mbarrier.wait(v_full.index(i % STAGES), i // STAGES & 1)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
+    O: gl.constexpr = b_acc.type.layout
+    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
+    return gl.convert_layout(b_p.to(v_smem.dtype), gl.DotOperandLayout(0, O, 2)), b_acc
+
+
+@gluon.jit
 def _store_out(b_acc, b_m, b_l, smem, o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE: gl.constexpr):
     """Output rows through smem [64, D], which nothing reads any more; returns when smem may be written again."""
     b_inv = gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, b_acc.type.layout))

@@ -16,8 +16,10 @@ from .hopper_kernels import (
     ROWS,
     RUN_TIME,
     _barriers,
+    _begin_step,
     _boxes,
     _copy_in,
+    _end_step,
     _load,
     _row_sums,
     _score,
@@ -132,23 +134,13 @@ def _team_step(
     """q k^T of this step and p v of the last one run while the softmax of this one is computed."""
     k_smem, k_full, k_empty = pipes[1]
     v_smem, v_full, v_empty = pipes[2]
-    SK: gl.constexpr = k_smem.shape[0]
-    SV: gl.constexpr = v_smem.shape[0]
-    O: gl.constexpr = b_acc.type.layout
     o_key, seen = o_n, o_n < 0
     if MASKED:
         o_key, seen = _keys(t, n, masked, pad, kv_list, kv_len, o_n, KV, k_smem.shape[1] // KV)
-    b_s = _score(b_q, k_smem, k_full, i, zeros)
-    b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
-    b_s = warpgroup_mma_wait(1, deps=[b_s])
-    mbarrier.arrive(k_empty.index(i % SK), count=1)
+    b_s, b_acc = _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
     b_p32, b_alpha, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED)
-    # Between softmax and the next wait: without it ptxas waits for p v before the softmax.
-    mbarrier.wait(v_full.index(i % SV), i // SV & 1)
-    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
-    mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
-    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
-    return gl.convert_layout(b_p32.to(b_q.dtype), gl.DotOperandLayout(0, O, 2)), b_m, b_l, b_acc
+    b_p, b_acc = _end_step(b_p32, b_alpha, b_acc, v_smem, v_full, v_empty, i)
+    return b_p, b_m, b_l, b_acc
 
 
 @gluon.jit

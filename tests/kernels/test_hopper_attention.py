@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sparsebench.kernels import BlockMask, causal_blocks, hopper_attention
+from sparsebench.kernels.block_lists import edge_blocks
 from sparsebench.kernels.block_sparse_attention import block_sparse_attention_reference
 from sparsebench.kernels.hopper_attention import hopper_applies, hopper_forward, launch_options
 
@@ -228,8 +229,8 @@ def test_every_block_after_a_first_query_is_masked_and_no_other(q_block, kv_bloc
         first = offset + torch.arange(8) * q_block
         needed = (first + q_block - 1) // kv_block - (first + 1) // kv_block + 1
         most[aligned] = max(most[aligned], int(needed.max()))
-    assert hopper_attention._edge(0, q_block, kv_block) == most[True]
-    assert hopper_attention._edge(1, q_block, kv_block) == most[False]
+    assert edge_blocks(0, q_block, kv_block) == most[True]
+    assert edge_blocks(1, q_block, kv_block) == most[False]
 
 
 COMPILE = """
