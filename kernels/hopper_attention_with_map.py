@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .hopper_attention import DTYPES, HEAD_DIMS, _box, on_hopper
-from .hopper_kernels import ROWS, _barriers, _begin_step, _copy_in, _end_step, _score, _store_out
+from .hopper_kernels import LANES, ROWS, _barriers, _begin_step, _copy_in, _end_step, _row_sums, _score, _store_out
 from .launch import LOG2E
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names in Triton 3.9 and 3.6
@@ -100,18 +100,25 @@ def _softmax_step(
     b_alpha = gl.exp2(b_m * scale_log2 - b_base)
     b_p = gl.exp2(b_s * scale_log2 - b_base[:, None])
     L: gl.constexpr = b_top.type.layout
+    # [64, CELLS, 4]: what each of the four threads of a row adds up
+    b_sums = gl.sum(gl.sum(b_p.reshape([ROWS, CELLS, KEYS // 8, 4, 2]), 4), 2)
     if MASS:
-        b_sums = gl.sum(b_p.reshape([ROWS, CELLS, KEYS]), 2)
-        b_sum = gl.convert_layout(gl.sum(b_sums, 1), b_m.type.layout)
-        b_seen = gl.log2(b_sums) + gl.convert_layout(b_base, gl.SliceLayout(1, L))[:, None]
+        b_seen = gl.convert_layout(gl.log2(gl.sum(b_sums, 2)), L)
+        b_seen += gl.convert_layout(b_base, gl.SliceLayout(1, L))[:, None]
     else:
-        b_sum = gl.sum(b_p, 1)
         b_seen = b_top * scale_log2
     o_c = token // KEYS + gl.arange(0, CELLS, gl.SliceLayout(0, L))
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, L))
     kept = (o_c < slot_tiles)[None, :] & (o_r >= 0)[:, None]
     gl.store(slots + o_c[None, :] * (TEAM * ROWS) + o_r[:, None], b_seen, mask=kept)
-    return b_p, b_alpha, b_m_new, b_l * b_alpha + b_sum
+    b_alpha_4 = gl.convert_layout(b_alpha, gl.SliceLayout(1, LANES), assert_trivial=True)
+    b_sum = gl.convert_layout(gl.sum(b_sums, 1), LANES, assert_trivial=True)
+    return b_p, b_alpha, b_m_new, b_l * b_alpha_4[:, None] + b_sum
+
+
+@gluon.jit
+def _operand(b_p, b_acc, v_smem):
+    return gl.convert_layout(b_p.to(v_smem.dtype), gl.DotOperandLayout(0, b_acc.type.layout, 2))
 
 
 @gluon.jit
@@ -119,13 +126,14 @@ def _step(
     i, token, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles, scale_log2,
     MASS: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """q k^T of this step and p v of the last one run while the softmax of this one is computed."""
+    """q k^T of this step and p v of the last one run while the softmax of this one is computed. b_p goes from step to step in
+    fp32: two loops in a row would unpack and pack 16-bit numbers in every step."""
     _q_smem, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = ring
-    b_s, b_acc = _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
-    b_p32, b_alpha, b_m, b_l = _softmax_step(
+    b_s, b_acc = _begin_step(b_q, _operand(b_p, b_acc, v_smem), b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
+    b_p, b_alpha, b_m, b_l = _softmax_step(
         b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, MASKED
     )  # fmt: skip
-    b_p, b_acc = _end_step(b_p32, b_alpha, b_acc, v_smem, v_full, v_empty, i)
+    _, b_acc = _end_step(b_p, b_alpha, b_acc, v_smem, v_full, v_empty, i)
     return b_p, b_m, b_l, b_acc
 
 
@@ -159,7 +167,6 @@ def _consume(
     SV: gl.constexpr = v_smem.shape[0]
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     slots += gl.program_id(0).to(gl.int64) * slot_tiles * (TEAM * ROWS) + W * ROWS
     o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
@@ -169,15 +176,14 @@ def _consume(
         i_tile, i_b, i_h, first_row, steps, masked = _place(turn, plan, BN)
         o_row = first_row + W * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S))
         b_m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-        b_l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        b_l = gl.zeros([ROWS, 4], gl.float32, LANES)
         b_acc = gl.zeros([ROWS, D], gl.float32, O)
         mbarrier.wait(q_full.index(W), turn & 1)
         b_s = warpgroup_mma_wait(0, deps=[_score(b_q, k_smem, k_full, i, zeros)])
         mbarrier.arrive(k_empty.index(i % SK), count=1)
-        b_p32, _b_alpha, b_m, b_l = _softmax_step(
+        b_p, _b_alpha, b_m, b_l = _softmax_step(
             b_s, b_m, b_l, (steps - 1) * BN, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, True
         )  # fmt: skip
-        b_p = gl.convert_layout(b_p32.to(q_smem.dtype), P)
         mbarrier.wait(v_full.index(i % SV), i // SV & 1)
         i += 1
         for t in range(1, masked):
@@ -192,11 +198,12 @@ def _consume(
                 scale_log2, MASS, False,
             )  # fmt: skip
             i += 1
-        b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
+        b_acc = warpgroup_mma(_operand(b_p, b_acc, v_smem), v_smem.index((i - 1) % SV), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
         i_bh = i_b * heads + i_h
         row0 = (i_tile * TEAM + W) * ROWS
+        b_l = _row_sums(b_l, b_m)
         _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, True)
         mbarrier.arrive(q_empty.index(W), count=1)
         p_row = cells + (i_bh.to(gl.int64) * gl.cdiv(q_len, ROWS) + row0 // ROWS) * width
