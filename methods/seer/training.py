@@ -105,7 +105,8 @@ class Trainer(transformers.Trainer):
     Args: sequences int64 [n, ctx_len]; the module's forward(input_ids=[1, ctx_len]) returns {"loss": mean over the sequence}.
 
     history: a row per step: step (from 0), loss (mean over the step's sequences, before the update), lr, tokens_per_second (of
-        all processes, since the step before, saving included), and what a subclass puts into `extras` {name: 0-d tensor} during the step.
+        all processes, since the step before, saving included), and what a subclass puts into `extras` {name: 0-d tensor}
+        during the step.
     """
 
     def __init__(self, module: nn.Module, args: transformers.TrainingArguments, sequences: Tensor):
