@@ -40,9 +40,9 @@ __all__ = ["GateTrainer", "GatedModel", "Recipe", "block_map", "gate_loss", "mai
 class DistillTrainer(Trainer):
     """Trainer of a GatedModel: checkpoints hold the gates alone, in fp32, as a folder that load_gates() reads.
 
-    Every logging step, the first and the last also record the recall of RECALL_DENSITY on the step's first sequence, before
-    the update, and the oracle's, which chooses by the teacher: mass_recall and mass_recall_oracle, or max_recall... where the
-    teacher is the block maximum.
+    Every logging step, the first and the last also record the recall at density .1 on each process's first sequence of the
+    step, before the update, and the oracle's, which chooses by the teacher: mass_recall and mass_recall_oracle, or
+    max_recall and max_recall_oracle where the teacher is the block maximum.
     """
 
     def __init__(self, module: GatedModel, args, sequences: Tensor, spec: ModelSpec):
@@ -175,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
             loaded.model, loaded.spec, sequences, recipe, training, args.out,
             teacher=args.teacher, init=args.init, data=sources,
         )  # fmt: skip
+    except torch.OutOfMemoryError as error:  # before the first step; from then on run() answers
+        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, LossNotFiniteError) else 2

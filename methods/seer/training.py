@@ -79,8 +79,10 @@ def arguments(
         max_grad_norm: 0 does not clip.
         bf16: autocast of a model with fp32 weights. cpu: even where there is a GPU.
 
-    Raises: ValueError when the processes cannot share the batch.
+    Raises: ValueError for a number below 1, or when the processes cannot share the batch.
     """
+    if min(steps, batch, save_steps, log_every) < 1:
+        raise ValueError(f"steps {steps}, batch {batch}, steps to save {save_steps} and to log {log_every} must be at least 1")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch % processes:
         raise ValueError(f"{processes} processes cannot share --batch {batch}: give a multiple of {processes}")

@@ -339,6 +339,17 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
     assert "one sequence takes 1024" in refused(*other, *few)
     assert "has block=32: leave that option out" in refused(*other, "--init", str(out), "--block", "64")
     assert "no gate weights at" in refused(*other, "--init", str(tmp_path / "nothing"))
+    assert "steps 0, batch 1" in refused(*other, "--steps", "0")
+    monkeypatch.setattr(gated_model, "gate_loss", lambda logits, *_: logits.sum() * float("nan"))
+    corpus.write_text("\n".join(map(json.dumps, lines)))
+    assert distill.main([*command, *kind, *short, *other]) == 1
+    assert "error: the loss of step 0 is not finite" in capsys.readouterr().err
+
+    def full(name, dtype, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(zoo, "load", full)
+    assert "tiny does not fit this GPU" in refused(*other)
 
 
 def test_gates_of_smollm2_fit_ten_megabytes(tmp_path):
