@@ -31,7 +31,7 @@ from ..spec import parse_tokens
 from .gate import AttnGate
 from .gated_model import GatedModel, GateTrainer, Recipe, new_gates
 from .ground_truth import block_map, gate_loss, resolve_teacher
-from .training import LossNotFiniteError, Trainer, arguments, pack, run, write_history
+from .training import SHARD, LossNotFiniteError, Trainer, arguments, pack, run, write_history
 from .weights import gate_options, load_gates, save_gates
 
 __all__ = ["GateTrainer", "GatedModel", "Recipe", "block_map", "gate_loss", "main", "new_gates", "pack", "train"]
@@ -44,6 +44,8 @@ class DistillTrainer(Trainer):
     step, before the update, and the oracle's, which chooses by the teacher: mass_recall and mass_recall_oracle, or
     max_recall and max_recall_oracle where the teacher is the block maximum.
     """
+
+    less_memory = f"--ctx, then {SHARD}"  # no activations are kept
 
     def __init__(self, module: GatedModel, args, sequences: Tensor, spec: ModelSpec):
         super().__init__(module, args, sequences)

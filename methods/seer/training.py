@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 RECIPE_FILE = "recipe.json"  # beside the checkpoints: what they were trained with
-LESS_MEMORY = "--ctx, then turn on gradient checkpointing, then shard the model over more GPUs (accelerate launch with FSDP)"
+SHARD = "shard the model over more GPUs (accelerate launch with FSDP)"
 
 
 class LossNotFiniteError(ValueError):
@@ -109,7 +109,10 @@ class Trainer(transformers.Trainer):
     history: a row per step: step (from 0), loss (mean over the step's sequences, before the update), lr, tokens_per_second (of
         all processes, since the step before, saving included), and what a subclass puts into `extras` {name: 0-d tensor}
         during the step.
+    less_memory: what to lower when the GPU's does not suffice, in this order.
     """
+
+    less_memory = f"--ctx, then turn on gradient checkpointing, then {SHARD}"
 
     def __init__(self, module: nn.Module, args: transformers.TrainingArguments, sequences: Tensor):
         per_step = args.gradient_accumulation_steps * args.world_size
@@ -179,7 +182,7 @@ def run(trainer: Trainer, out: Path, recipe: dict[str, Any] | None = None) -> li
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"out of memory (sequences run one at a time, --batch saves none): lower {LESS_MEMORY}; {reason}"
+            f"out of memory (sequences run one at a time, --batch saves none): lower {trainer.less_memory}; {reason}"
         ) from error
     return trainer.history
 
