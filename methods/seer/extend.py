@@ -32,7 +32,7 @@ from .method import TRAIN
 from .weights import load_gates, save_gates, shipped_gate
 
 CLIP = 1.0  # largest norm of a step's gradient
-DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 1e-4, "gate_weight": 0.1, "warmup": 20, "seed": 0}
+DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 3e-4, "gate_weight": 0.1, "warmup": 20, "seed": 0}
 
 
 class Trainer(training.Trainer):
