@@ -38,6 +38,8 @@ DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 3e-4, "gate_weight"
 class Trainer(training.Trainer):
     """Records the parts of the loss and the density; the gates have a learning rate of their own."""
 
+    less_memory = "--ctx, or turn on --gradient-checkpointing"
+
     def __init__(self, module: Extension, args: Any, sequences: Tensor, gate_lr: float):
         super().__init__(module, args, sequences)
         self.gate_lr = gate_lr
@@ -68,10 +70,10 @@ def initial_gates(path: str | None, spec: ModelSpec, device: torch.device) -> li
     return [copy.deepcopy(found.at(layer, device)).requires_grad_(True) for layer in range(spec.layers)]
 
 
-def extend(args: argparse.Namespace) -> list[dict[str, float]]:
+def extend(args: argparse.Namespace) -> None:
     """Train as the command line says and save(), also what stood before a loss that is not finite.
 
-    Returns: the history of training.run(). Raises: ValueError for what does not fit together; training.LossNotFiniteError.
+    Raises: ValueError for what does not fit together; training.LossNotFiniteError.
     """
     from ...models import zoo
     from ...models.attach import attach
@@ -110,7 +112,9 @@ def extend(args: argparse.Namespace) -> list[dict[str, float]]:
         save(args.out, module, loaded.tokenizer, spec, recipe, trainer.history)
     if failure is not None:
         raise failure
-    return trainer.history
+    if trainer.is_world_process_zero():
+        first, last = trainer.history[0], trainer.history[-1]
+        print(f"token loss {first['token_loss']:.4f} -> {last['token_loss']:.4f}; model in {args.out}")
 
 
 def save(
@@ -161,15 +165,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     try:
-        history = extend(args)
+        extend(args)
+    except torch.OutOfMemoryError as error:  # before the first step; from then on training.run() answers
+        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except training.LossNotFiniteError as error:
         print(f"error: {error}; the model before it is in {args.out}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    first, last = history[0], history[-1]
-    print(f"token loss {first['token_loss']:.4f} -> {last['token_loss']:.4f}; model in {args.out}")
     return 0
 
 

@@ -320,6 +320,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_model_before_it(folder, monkey
     assert all(weight.isfinite().all() for weight in state.values())
 
 
+def test_out_of_memory_says_what_to_lower(folder, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(extended_model, "token_loss", full)
+    assert command(folder, "full") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "--ctx, or turn on --gradient-checkpointing; CUDA out of memory." in lines[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -329,6 +339,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_model_before_it(folder, monkey
         (("--factor", 1.5), "--ctx 256 is beyond 1.5 x the model's 128 tokens"),
         (("--rope", "ntk"), "unknown --rope 'ntk': one of yarn, linear"),
         (("--ctx", 512, "--data", "file:{}/short.jsonl"), "has 3 tokens, one sequence takes 512"),
+        (("--steps", 0), "steps 0"),
         (("--gate", "{}/other"), "does not fit tiny"),
         (("--data", "file:{}/none.jsonl"), "no such corpus file"),
         (("--gate", "{}/none"), "no gate weights at"),
