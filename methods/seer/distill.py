@@ -1,232 +1,190 @@
 """Train SeerAttention's gates for a frozen model.
 
-    python -m sparsebench.methods.seer.distill --model NAME --data file:PATH --out DIR
+    python -m sparsebench.methods.seer.distill --model NAME --data file:PATH --ctx 8k --out DIR
+    torchrun --nproc-per-node 8 -m sparsebench.methods.seer.distill ... --batch 8        (or: accelerate launch -m ...)
 
 Source: Gao et al. 2024 (arXiv 2410.13276), section 3.2. In every layer the gate learns the block map of that layer's true
-attention. Layers train side by side, each from its own inputs, in one forward pass of the model, with no graph across layers.
+attention. Layers train side by side, each from its own inputs, in one forward pass of the model, with no graph across layers:
+memory holds one layer's attention at a time, and there are no activations that gradient checkpointing could spare.
+
+The default learns the mass of a block, from all rows. The paper's recipe is `--loss max --drop 0.25`: the largest probability
+in a block, without the first quarter of the rows. Gates of the mass keep more of the attention at equal density (the shipped
+gate's card has the numbers), because the mass is what a selection of blocks keeps or loses.
+
+Of the parallel configurations, DDP, FSDP (version 2, TRANSFORMER_BASED_WRAP, without mixed precision, which would train the
+gates in bf16) and DeepSpeed up to ZeRO-2 fit a gate that is fed inside another module's forward.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import math
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from ...kernels.attention_with_map import attention_with_map, has_kernel
-from ...kernels.block_mass import block_mass
-from ..base import LayerContext, Method, ModelSpec, dense_attention
+from ..base import ModelSpec
 from ..spec import parse_tokens
 from .gate import AttnGate
-from .weights import save_gates
+from .gated_model import GatedModel, GateTrainer, Recipe, new_gates
+from .ground_truth import block_map, gate_loss, resolve_teacher
+from .training import SHARD, LossNotFiniteError, Trainer, arguments, pack, run, write_history
+from .weights import gate_options, load_gates, save_gates
 
-LOSS_FACTOR = 10.0  # the authors'; it moves no optimum, and with AdamW hardly the path
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How gates are trained. The paper: 64k-token sequences, batch 16, 500 steps, on RedPajama."""
-
-    gate_type: str = "Qavg_Kmaxminavg"
-    block: int = 64
-    gate_dim: int = 128
-    loss: str = "max"  # or "mass": what of a block's probabilities the gate learns
-    drop: float = 0.25  # part of the rows, the first, left out of the loss: 0 for gates that also serve short contexts
-    steps: int = 500
-    batch: int = 1  # sequences a step
-    lr: float = 1e-3
-    warmup: int = 20
-    seed: int = 0
+__all__ = ["GateTrainer", "GatedModel", "Recipe", "block_map", "gate_loss", "main", "new_gates", "pack", "train"]
 
 
-def block_map(q: Tensor, k: Tensor, of: str = "max", block: int = 64, scale: float | None = None) -> Tensor:
-    """The teacher: causal softmax probabilities pooled per block x block and normalised to sum 1 in every row, exact.
+class DistillTrainer(Trainer):
+    """Trainer of a GatedModel: checkpoints hold the gates alone, in fp32, as a folder that load_gates() reads.
 
-    Args: q [B, H, N, D], k [B, H_kv, N, D] after RoPE; of: "max" over a block's rows and keys (the paper), or their "mass".
-    Returns: fp32 [B, H, NB, NB], NB = ceil(N / block).
+    Every logging step, the first and the last also record the recall at density .1 on each process's first sequence of the
+    step, before the update, and the oracle's, which chooses by the teacher: mass_recall and mass_recall_oracle, or
+    max_recall and max_recall_oracle where the teacher is the block maximum.
     """
-    pooled = block_mass(q, k, q.shape[-1] ** -0.5 if scale is None else scale, block, block, of)
-    return pooled / pooled.sum(-1, keepdim=True)
+
+    less_memory = f"--ctx, then {SHARD}"  # no activations are kept
+
+    def __init__(self, module: GatedModel, args, sequences: Tensor, spec: ModelSpec):
+        super().__init__(module, args, sequences)
+        self.gated, self.spec = module, spec
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step, method = self.state.global_step, self.gated.method
+        logs = step == 0 or (step + 1) % self.args.logging_steps == 0 or step + 1 == self.args.max_steps
+        method.measure = logs and not self.extras
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if method.measure:
+            name = f"{method.recipe.loss}_recall"
+            self.extras[name], self.extras[name + "_oracle"] = torch.stack(method.recalls).mean(0).unbind()
+        return loss
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            gates = self.gated.trained_gates(state_dict or self.gated.state_dict())
+            save_gates(Path(output_dir or self.args.output_dir), gates, self.spec, {}, torch.float32)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:  # whose checkpoints Accelerate writes and reads itself
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = load_gates(resume_from_checkpoint, self.spec)
+        for layer, gate in enumerate(self.gated.gates):
+            gate.load_state_dict(saved.at(layer, torch.device("cpu")).state_dict())
 
 
-def gate_loss(logits: Tensor, teacher: Tensor, drop: float = 0.25) -> Tensor:
-    """KL(teacher || softmax of the block-causal logits), mean over all entries, without the first `drop` of rows, x 10."""
-    blocks = logits.shape[-1]
-    future = torch.ones(blocks, blocks, dtype=torch.bool, device=logits.device).triu(1)
-    # Finite, because F.kl_div multiplies the log by the teacher's 0 there.
-    student = logits.float().masked_fill(future, -1e30).log_softmax(-1)
-    first = int(blocks * drop)
-    return LOSS_FACTOR * F.kl_div(student[..., first:, :], teacher[..., first:, :], reduction="none").mean()
+def start_gates(spec: ModelSpec, recipe: Recipe, init: str | None) -> list[AttnGate]:
+    """New gates, or trainable fp32 copies of those in `init`. Raises: ValueError when those are another model's."""
+    if init is None:
+        return new_gates(spec, recipe)
+    saved = load_gates(init, spec)
+    return [saved.at(layer, torch.device("cpu")).requires_grad_(True) for layer in range(spec.layers)]
 
 
-class GateTrainer(Method):
-    """Dense attention that, in passing, adds to the gradient of its layer's gate; for attach(), never registered."""
+def train(
+    model: Any, spec: ModelSpec, sequences: Tensor, recipe: Recipe, args: Any, out: Path, *,
+    teacher: str = "auto", init: str | None = None, data: str = "",
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train gates for a transformers causal LM, which stays as it is, and write them to `out`: bf16, config.json, loss.csv.
 
-    name = "seer_distill"
+    Args:
+        sequences: int64 [n, ctx_len].  args: training.arguments(), whose output_dir gets the checkpoints.
+        teacher: resolve_teacher.  init: gates to start from.  data: what config.json calls the training data.
 
-    def __init__(self, gates: list[AttnGate], recipe: Recipe):
-        self.gates, self.recipe = gates, recipe
-        self.losses: list[Tensor] = []  # one a layer and sequence, since last cleared
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        gate = self.gates[ctx.layer]
-        if q.is_cuda and has_kernel(q, gate.block):
-            out, _, teacher = attention_with_map(q, k, v, gate.block, self.recipe.loss, scale=ctx.scale)
-        else:
-            out, teacher = dense_attention(q, k, v, ctx.scale), block_map(q, k, self.recipe.loss, gate.block, ctx.scale)
-        assert ctx.rope is not None
-        tables = ctx.rope(ctx.positions[:: gate.block], gate.rope_dim)
-        with torch.enable_grad():
-            loss = gate_loss(gate(ctx.q_pre, ctx.k_pre, *tables), teacher, self.recipe.drop)
-            (loss / self.recipe.batch).backward()
-        self.losses.append(loss.detach())
-        return out
-
-
-def new_gates(model: ModelSpec, recipe: Recipe) -> list[AttnGate]:
-    """Gates to train, fp32, the same for the same seed; they start near the dot product of the means (last pooling) of q and k.
-
-    The authors start from random weights; from here the same training keeps more attention mass.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        sizes = (recipe.block, model.head_dim, recipe.gate_dim, model.heads, model.kv_heads)
-        gates = [AttnGate(recipe.gate_type, *sizes) for _ in range(model.layers)]
-    with torch.no_grad():
-        for weight in (weight for gate in gates for weight in gate.parameters()):
-            weight.mul_(0.1)
-            weight[:, -model.head_dim :] += torch.eye(model.head_dim, recipe.gate_dim)
-    return gates
-
-
-def pack(texts: Iterable[str], tokenizer: Any, ctx_len: int) -> Tensor:
-    """Documents tokenised, joined with the end-of-sequence token and cut: int64 [sequences, ctx_len]; the rest is dropped.
-
-    Raises: ValueError when there is less than one sequence.
-    """
-    tokens: list[int] = []
-    for text in texts:
-        tokens += tokenizer(text, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-    count = len(tokens) // ctx_len
-    if not count:
-        raise ValueError(f"the training data has {len(tokens)} tokens, one sequence takes {ctx_len}")
-    return torch.tensor(tokens[: count * ctx_len]).view(count, ctx_len)
-
-
-def _batches(sequences: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
-    """[batch, ctx_len] without end; every sequence once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
-    while True:
-        while len(queue) < batch:
-            queue += torch.randperm(len(sequences), generator=generator).tolist()
-        yield sequences[queue[:batch]]
-        queue = queue[batch:]
-
-
-def train(model: Any, spec: ModelSpec, sequences: Tensor, recipe: Recipe) -> tuple[list[AttnGate], list[dict[str, float]]]:
-    """Gates for a transformers causal LM, which stays as it is, and a record (step, loss, lr) per step.
-
-    A loss that is not finite ends the training: the gates are then those of the last finite one, and the record stops there.
+    Returns: the history (training.Trainer).
+    Raises: as training.run(); after a loss that is not finite `out` has the gates before it.
     """
     from ...models.attach import attach
 
-    device = next(model.parameters()).device
-    model.requires_grad_(False).eval()
-    gates = [gate.to(device) for gate in new_gates(spec, recipe)]
-    trainer = GateTrainer(gates, recipe)
-    weights = [weight for gate in gates for weight in gate.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
-    records: list[dict[str, float]] = []
-    last_good = [weight.detach().clone() for weight in weights]
-    steps = tqdm(range(recipe.steps), desc="distill", unit="step")
-    with attach(model, trainer), torch.no_grad():
-        for step, batch in zip(steps, _batches(sequences, recipe.batch, recipe.seed)):
-            trainer.losses.clear()
-            optimizer.zero_grad()
-            for sequence in batch:
-                model.base_model(input_ids=sequence[None].to(device), use_cache=False)
-            loss = float(torch.stack(trainer.losses).mean())
-            if not math.isfinite(loss):
-                for weight, good in zip(weights, last_good):
-                    weight.copy_(good)
-                break
-            for weight, good in zip(weights, last_good):
-                good.copy_(weight)
-            records.append({"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"]})
-            optimizer.step()
-            schedule.step()
-            steps.set_postfix(loss=f"{loss:.4f}")
-    return gates, records
+    base = model.base_model
+    gates = [gate.to(args.device) for gate in start_gates(spec, recipe, init)]
+    teacher = resolve_teacher(teacher, args.device, base.dtype, spec.head_dim, gates[0].block)
+    module = GatedModel(base, gates, recipe, teacher)
+    trainer = DistillTrainer(module, args, sequences, spec)
+    record = {
+        "data": data,
+        "ctx_len": sequences.shape[1],
+        "init": init and Path(init).name,
+        "teacher": teacher,
+        **asdict(recipe),
+    }
+    if trainer.is_world_process_zero():
+        print(f"{len(sequences)} sequences of {sequences.shape[1]} tokens, ground truth by the {teacher} teacher")
+    failure = None
+    try:
+        with attach(base, module.method):
+            run(trainer, Path(args.output_dir), {"model": spec.name, "sequences": len(sequences), **record})
+    except LossNotFiniteError as error:
+        failure = LossNotFiniteError(f"{error}; the gates before it are in {out}")
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        tokens = len(trainer.history) * trainer.tokens_per_step
+        save_gates(out, module.trained_gates(state), spec, {**record, "tokens": tokens})
+        write_history(out / "loss.csv", trainer.history)
+    if failure is not None:
+        raise failure
+    return trainer.history
 
 
-def _lr_factor(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)))
-
-
-def save(out: Path, gates: list[AttnGate], records: list[dict[str, float]], model: ModelSpec, training: dict) -> None:
-    """Weights in bf16, config.json, and loss.csv with the columns step, loss, lr."""
-    save_gates(out, gates, model, training)
-    with (out / "loss.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "loss", "lr"])
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
+    """Raises: ValueError where gates to start from are of another kind than the options ask for."""
     parser = argparse.ArgumentParser(prog="python -m sparsebench.methods.seer.distill", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
-    parser.add_argument(
-        "--data", required=True, help="corpora, comma-separated, of which the split 'train' is read: file:PATH,..."
-    )
-    parser.add_argument("--out", required=True, type=Path, help="new folder for the gates")
+    parser.add_argument("--data", required=True, help="corpora, comma-separated, whose split 'train' is read: file:PATH,...")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the gates; checkpoints go to OUT.training, and the "
+                        "same command again goes on from the newest")  # fmt: skip
     parser.add_argument("--ctx", type=parse_tokens, default=8192, help="tokens per sequence, e.g. 8k")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", help="gates to start from, whose kind, block and gate_dim are kept")
+    parser.add_argument("--teacher", default="auto", choices=["auto", "kernel", "torch"], help="who computes the ground truth")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the frozen model")
+    parser.add_argument("--save-every", type=int, default=100, help="steps from checkpoint to checkpoint, default 100")
+    parser.add_argument("--log-every", type=int, default=10, help="steps from one measured recall to the next, default 10")
     for name, value in asdict(Recipe()).items():
         choices = ["max", "mass"] if name == "loss" else None
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=type(value), default=value, choices=choices, help=f"default {value}"
-        )
-    return parser.parse_args(argv)
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(value), default=argparse.SUPPRESS, choices=choices, help=f"default {value}")
+    args = parser.parse_args(argv)
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
+    if args.init is None:
+        return args, Recipe(**given)
+    kind = gate_options(args.init)
+    kept = {name: kind[name] for name in ("gate_type", "block", "gate_dim")}
+    if other := [name for name in kept if given.get(name, kept[name]) != kept[name]]:
+        raise ValueError(f"gate {args.init} has {', '.join(f'{name}={kept[name]}' for name in other)}: leave that option out")
+    return args, Recipe(**given | kept)
 
 
 def main(argv: list[str] | None = None) -> int:
     from ...models import zoo
     from ...suites.corpora import read_documents
 
-    args = _arguments(argv)
-    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     try:
-        loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+        args, recipe = _parse(argv)
+        training = arguments(
+            args.out.with_name(args.out.name + ".training"), steps=recipe.steps, batch=recipe.batch, lr=recipe.lr,
+            warmup=recipe.warmup, seed=recipe.seed, save_steps=args.save_every, log_every=args.log_every,
+            cpu=args.device == "cpu",
+        )  # fmt: skip
+        loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=training.device)
+        if args.ctx > loaded.max_ctx:
+            raise ValueError(f"--ctx {args.ctx} is beyond {args.model}, which has {loaded.max_ctx} positions")
         texts = [document.text for source in args.data.split(",") for document in read_documents(source, "train")]
         sequences = pack(texts, loaded.tokenizer, args.ctx)
-        gates, records = train(loaded.model, loaded.spec, sequences, recipe)
+        sources = ",".join(source.rsplit("/", 1)[-1] for source in args.data.split(","))
+        history = train(
+            loaded.model, loaded.spec, sequences, recipe, training, args.out,
+            teacher=args.teacher, init=args.init, data=sources,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:  # before the first step; from then on run() answers
+        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    sources = ",".join(source.rsplit("/", 1)[-1] for source in args.data.split(","))
-    tokens = len(records) * recipe.batch * args.ctx
-    training = {"data": sources, "ctx_len": args.ctx, "tokens": tokens, **asdict(recipe)}
-    save(args.out, gates, records, loaded.spec, training)
-    if len(records) < recipe.steps:
-        print(f"error: the loss of step {len(records)} is not finite; the gates before it are in {args.out}", file=sys.stderr)
-        return 1
-    print(f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f} on {len(sequences)} sequences; gates in {args.out}")
+        return 1 if isinstance(error, LossNotFiniteError) else 2
+    if training.process_index == 0:
+        print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} on {len(sequences)} sequences; gates in {args.out}")
     return 0
 
 

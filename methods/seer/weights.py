@@ -93,12 +93,12 @@ def load_gates(path: str | Path, model: ModelSpec, *, source: str | None = None)
     Raises: ValueError for missing or unreadable files, a pickle that holds code, or weights of another model.
     """
     files, config_path = _find_files(Path(path).expanduser())
+    config = _read_config(config_path)
     try:
-        config = json.loads(config_path.read_text())
-        options = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
-        gate = AttnGate(**options, head_dim=model.head_dim, heads=model.heads, kv_heads=model.kv_heads)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{config_path} must be JSON with {', '.join(list(CONFIG_KEYS)[:3])}: {error}") from error
+        gate = AttnGate(**_options(config), head_dim=model.head_dim, heads=model.heads, kv_heads=model.kv_heads)
+    except TypeError as error:
+        raise ValueError(f"{config_path} has an option of the wrong type: {error}") from error
+    of = f"{path} (of {config['base_model']})" if "base_model" in config else str(path)
     layers: dict[int, dict[str, Tensor]] = {}
     for file in files:
         for name, tensor in _read_tensors(file).items():
@@ -107,18 +107,42 @@ def load_gates(path: str | Path, model: ModelSpec, *, source: str | None = None)
     if not layers:
         raise ValueError(f"{path} holds no tensor named {WEIGHT_NAME.format(layer=0, map='mask_linear_k')}")
     if sorted(layers) != list(range(len(layers))) or (model.layers and len(layers) != model.layers):
-        raise ValueError(f"gate {path} has layers {min(layers)} to {max(layers)}, {model.name} has {model.layers}")
+        raise ValueError(f"gate {of} has layers {min(layers)} to {max(layers)}, {model.name} has {model.layers}")
     wanted = {name: tuple(weight.shape) for name, weight in gate.state_dict().items()}
     gates = []
     for layer, weights in sorted(layers.items()):
         found = {name: tuple(weight.shape) for name, weight in weights.items()}
         if found != wanted:
-            raise ValueError(f"gate {path} does not fit {model.name}: layer {layer} has {found}, the model needs {wanted}")
+            raise ValueError(f"gate {of} does not fit {model.name}: layer {layer} has {found}, the model needs {wanted}")
         gates.append(AttnGate(**gate.options()))
         gates[-1].load_state_dict(weights)
     known = set(config.get("training", ())) >= TRAINING_KEYS
     note = "gate trained on {data}, {tokens} tokens in sequences of {ctx_len}".format(**config["training"]) if known else ""
     return LayerGates(gates, source, note)
+
+
+def gate_options(path: str | Path) -> dict:
+    """gate_type, block, gate_dim and, where config.json names them, AttnGate's other options of the gates at `path`.
+
+    Raises: ValueError for missing or unreadable files.
+    """
+    return _options(_read_config(_find_files(Path(path).expanduser())[1]))
+
+
+def _read_config(file: Path) -> dict:
+    required = list(CONFIG_KEYS)[:3]
+    try:
+        config = json.loads(file.read_text())
+        missing = [key for key in required if key not in config]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{file} must be JSON with {', '.join(required)}: {error}") from error
+    if missing:
+        raise ValueError(f"{file} must be JSON with {', '.join(required)}: it lacks {', '.join(missing)}")
+    return config
+
+
+def _options(config: dict) -> dict:
+    return {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
 
 
 def _find_files(path: Path) -> tuple[list[Path], Path]:

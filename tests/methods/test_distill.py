@@ -9,12 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from sparsebench.methods.base import METHODS, LayerContext, ModelSpec, plain_rope
-from sparsebench.methods.seer import AttnGate, Seer, distill
-from sparsebench.methods.seer.distill import GateTrainer, Recipe, block_map, gate_loss, new_gates, pack, train
+from sparsebench.methods.base import LayerContext, ModelSpec, plain_rope
+from sparsebench.methods.seer import AttnGate, Seer, distill, gated_model, load_gates, save_gates
+from sparsebench.methods.seer.distill import GateTrainer, Recipe, block_map, gate_loss, new_gates, train
+from sparsebench.methods.seer.ground_truth import recall, resolve_teacher
+from sparsebench.methods.seer.training import LossNotFiniteError, arguments, read_history
 from sparsebench.models import zoo
+from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import capture_layers
 
 SPEC = ModelSpec("tiny", layers=2, heads=4, kv_heads=2, head_dim=32)
@@ -85,41 +89,149 @@ def tiny():
 
 def sha(model):
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(name.encode() + tensor.detach().numpy().tobytes())
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def recall(gates, model, tokens):
-    """Teacher mass of the best quarter of blocks by the gate, over layers and the rows after the first quarter."""
+def learn(model, tokens, out, recipe=RECIPE, spec=SPEC, save_steps=1000, log_every=20, **options):
+    """The history of a training on the CPU."""
+    args = arguments(
+        out.with_name(out.name + ".training"), steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, warmup=recipe.warmup,
+        seed=recipe.seed, save_steps=save_steps, log_every=log_every, cpu=True,
+    )  # fmt: skip
+    return train(model, spec, tokens, recipe, args, out, **options)
+
+
+def test_recall_is_the_share_of_the_best_blocks():
+    teacher = torch.rand(1, 2, 25, 25).tril()
+    teacher /= teacher.sum(-1, keepdim=True)
+    scores = torch.randn(1, 2, 25, 25)
     kept = []
-    for gate, (q, k, ctx) in zip(gates, capture_layers(model, tokens.tolist())):
-        teacher = block_map(q, k, "mass", gate.block)
-        logits = gate(ctx.q_pre, ctx.k_pre, *ctx.rope(torch.arange(0, len(tokens), gate.block), gate.rope_dim))
-        best = logits.masked_fill(teacher == 0, float("-inf")).topk(4).indices
-        kept.append(teacher.gather(-1, best).sum(-1)[..., 4:].mean())
-    return float(torch.stack(kept).mean())
+    for h in range(2):
+        for r in range(25):
+            best = scores[0, h, r, : r + 1].topk(max(1, round(0.1 * (r + 1)))).indices
+            kept.append(teacher[0, h, r, best].sum())
+    torch.testing.assert_close(recall(scores, teacher), torch.stack(kept).mean())
+    assert recall(scores, teacher) < recall(teacher, teacher) <= 1
+    assert recall(torch.zeros_like(scores), torch.eye(25).expand(1, 2, 25, 25)) < 1  # ties say nothing of the diagonal
 
 
 @pytest.mark.parametrize("loss", ["max", "mass"])
-def test_training_lowers_the_divergence_and_raises_recall(tiny, loss, monkeypatch):
+def test_training_lowers_the_divergence_and_raises_recall(tiny, loss, monkeypatch, tmp_path):
     model, tokens = tiny
     recipe = replace(RECIPE, loss=loss, steps=60)
     # From random weights: in a random model the trainer's own start is near the best already.
     start_gates = [AttnGate("Qavg_Kmaxminavg", 32, 32, 32, 4, 2) for _ in range(2)]
     monkeypatch.setattr(distill, "new_gates", lambda *_: deepcopy(start_gates))
-    before, rng = sha(model), torch.get_rng_state()
-    gates, records = train(model, SPEC, tokens[:5], recipe)
+    before = sha(model)
+    history = learn(model, tokens, tmp_path / "gate", recipe)
     assert sha(model) == before and model.config._attn_implementation == "sdpa"
-    assert torch.equal(rng, torch.get_rng_state())
-    start, end = (sum(r["loss"] for r in part) / 5 for part in (records[:5], records[-5:]))
+    start, end = (sum(row["loss"] for row in part) / 5 for part in (history[:5], history[-5:]))
     assert end < 0.8 * start, (start, end)
-    assert recall(gates, model, tokens[5]) > recall(start_gates, model, tokens[5]) + 0.05
-    rates = [r["lr"] for r in records]
-    assert rates[4] == max(rates) == pytest.approx(recipe.lr) and rates[-1] < 0.01 * recipe.lr
-    _, again = train(model, SPEC, tokens[:5], recipe)
-    assert again[-1]["loss"] == pytest.approx(records[-1]["loss"], rel=1e-3)
+    first, last = history[0], history[-1]
+    assert last[f"{loss}_recall"] > first[f"{loss}_recall"] + 0.05
+    assert last[f"{loss}_recall_oracle"] > last[f"{loss}_recall"]
+    rates = [row["lr"] for row in history]
+    assert rates[5] == max(rates) == pytest.approx(recipe.lr) and rates[-1] < 0.01 * recipe.lr
+    measured = [row["step"] for row in history if f"{loss}_recall" in row]
+    assert measured == [0, 19, 39, 59] and len(history) == 60
+
+
+def test_a_gate_gets_the_gradient_of_its_own_loss_alone(tiny):
+    model, tokens = tiny
+    module = gated_model.GatedModel(model.base_model, new_gates(SPEC, RECIPE), RECIPE, "torch").train()
+    assert not model.base_model.training
+    with attach(model.base_model, module.method):
+        (3 * module(tokens[:1])["loss"]).backward()
+    layers = capture_layers(model, tokens[0].tolist())
+    losses = []
+    for gate, (q, k, ctx) in zip(new_gates(SPEC, RECIPE), layers):
+        tables = ctx.rope(torch.arange(0, 512, 32), 32)
+        loss = gate_loss(gate(ctx.q_pre, ctx.k_pre, *tables), block_map(q, k, "mass", 32), 0)
+        (3 * loss).backward()
+        losses.append(loss.detach())
+        trained = module.gates[ctx.layer]
+        for ours, expected in zip(trained.parameters(), gate.parameters()):
+            torch.testing.assert_close(ours.grad, expected.grad)
+    torch.testing.assert_close(torch.stack(module.method.losses), torch.stack(losses))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_training_goes_on_with_the_same_curve(tiny, tmp_path, monkeypatch, capsys):
+    model, tokens = tiny
+    recipe = replace(RECIPE, steps=6, batch=2, warmup=2)
+    whole = learn(model, tokens, tmp_path / "whole", recipe, save_steps=2, log_every=3)
+    calls, attend = [], GateTrainer.attend
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 2 * 2 * 3:  # layers x sequences x steps
+            raise Killed
+        return attend(*args)
+
+    monkeypatch.setattr(GateTrainer, "attend", dies)
+    with pytest.raises(Killed):
+        learn(model, tokens, tmp_path / "killed", recipe, save_steps=2, log_every=3)
+    monkeypatch.setattr(GateTrainer, "attend", attend)
+    assert not (tmp_path / "killed").exists()
+    again = learn(model, tokens, tmp_path / "killed", recipe, save_steps=2, log_every=3)
+    assert "goes on after step 2" in capsys.readouterr().out
+    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows] for rows in (whole, again)]
+    assert timeless[0] == timeless[1] and len(again) == 6
+    ours, theirs = (load_gates(tmp_path / name, SPEC) for name in ("whole", "killed"))
+    assert ours.sha256 == theirs.sha256
+    checkpoint = load_gates(tmp_path / "killed.training" / "checkpoint-4", SPEC).at(1, torch.device("cpu"))
+    assert not torch.equal(checkpoint.mask_linear_k.weight, checkpoint.mask_linear_k.weight.bfloat16().float())
+    with pytest.raises(ValueError, match="was begun with seed=0"):
+        learn(model, tokens, tmp_path / "killed", replace(recipe, seed=1))
+
+
+def test_training_goes_on_from_other_gates(tiny, tmp_path):
+    model, tokens = tiny
+    gates = new_gates(SPEC, replace(RECIPE, seed=5))
+    save_gates(tmp_path / "start", gates, SPEC, {}, torch.float32)
+    recipe = replace(RECIPE, steps=1, warmup=1)
+    learn(model, tokens, tmp_path / "gate", recipe, init=str(tmp_path / "start"))  # whose only step has lr 0
+    kept = load_gates(tmp_path / "gate", SPEC).at(0, torch.device("cpu")).mask_linear_k.weight
+    assert torch.equal(kept, gates[0].mask_linear_k.weight.bfloat16().float())
+    save_gates(tmp_path / "wide", new_gates(ModelSpec("wide", 2, 8, 2, 32), RECIPE), ModelSpec("wide", 2, 8, 2, 32), {})
+    with pytest.raises(ValueError, match=r"wide \(of wide\) does not fit tiny: layer 0 has .*8, 96, 32.*needs .*4, 96, 32"):
+        learn(model, tokens, tmp_path / "other", recipe, init=str(tmp_path / "wide"))
+
+
+def test_who_computes_the_ground_truth():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert resolve_teacher("auto", cpu, torch.float32, 64, 64) == "torch"
+    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 128) == "kernel"
+    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 32) == "torch"
+    assert resolve_teacher("torch", gpu, torch.bfloat16, 64, 64) == "torch"
+    with pytest.raises(ValueError, match=r"does not run on cpu.*use --teacher torch"):
+        resolve_teacher("kernel", cpu, torch.float32, 64, 64)
+    with pytest.raises(ValueError, match="teacher is auto, kernel or torch"):
+        resolve_teacher("other", cpu, torch.float32, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "block"),
+    [(LlamaConfig, LlamaForCausalLM, 128), (Qwen2Config, Qwen2ForCausalLM, 32), (Qwen3Config, Qwen3ForCausalLM, 64)],
+)
+def test_a_gate_for_every_kind_of_model(config, model, block, tmp_path):
+    torch.manual_seed(0)
+    model = model(config(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=16, max_position_embeddings=512))  # fmt: skip
+    spec = ModelSpec("one", layers=1, heads=4, kv_heads=2, head_dim=16)
+    tokens = torch.randint(32, (2, 300))
+    history = learn(model, tokens, tmp_path / "gate", Recipe(block=block, gate_dim=16, steps=3, warmup=1), spec)
+    assert len(history) == 3 and all(row["loss"] > 0 for row in history)
+    method = Seer(gate=str(tmp_path / "gate"), nz_ratio=0.5).prepare(spec)
+    with attach(model, method) as trace, torch.no_grad():
+        assert model(tokens[:1]).logits.isfinite().all()
+    assert 0 < float(trace.density.mean()) <= 1
 
 
 def test_gates_start_near_the_dot_product_of_the_means(tiny):
@@ -133,19 +245,6 @@ def test_gates_start_near_the_dot_product_of_the_means(tiny):
         expected = (turned[0] @ turned[1].transpose(-1, -2)).flatten()
         ours = gate(ctx.q_pre, ctx.k_pre, cos, sin).flatten()
         assert torch.corrcoef(torch.stack((expected, ours)))[0, 1] > 0.8
-
-
-def test_layers_train_apart(tiny):
-    """One layer's loss reaches no other gate and no model weight."""
-    model, tokens = tiny
-    gates = new_gates(SPEC, RECIPE)
-    q, k, ctx = capture_layers(model, tokens[0].tolist())[1]
-    trainer = GateTrainer(gates, RECIPE)
-    trainer.attend(q, k, ctx.v, ctx)
-    assert all(p.grad is None for p in gates[0].parameters())
-    assert all(p.grad.abs().sum() > 0 for p in gates[1].parameters())
-    assert len(trainer.losses) == 1 and not trainer.losses[0].requires_grad
-    assert GateTrainer.name not in METHODS
 
 
 def test_the_trainer_returns_dense_attention():
@@ -169,14 +268,16 @@ def test_the_trainer_on_a_gpu_agrees_with_the_cpu(of):
             0, "prefill", 64**-0.5, moved[2], positions, rope=plain_rope(1e4), q=moved[0], k=moved[1],
             _q_pre=moved[0], _k_pre=moved[1],
         )  # fmt: skip
-        trainer = GateTrainer([gate.to(device) for gate in new_gates(spec, recipe)], recipe)
+        teacher = resolve_teacher("auto", positions.device, q.dtype, 64, recipe.block)
+        assert teacher == ("kernel" if device == "cuda" else "torch")
+        trainer = GateTrainer([gate.to(device) for gate in new_gates(spec, recipe)], recipe, teacher)
         with torch.no_grad():
             results.append((trainer.attend(*moved, ctx).cpu(), trainer.losses[0].cpu()))
     for cpu, gpu in zip(*results):
         torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypatch, tmp_path):
     model, tokens = tiny
     calls = []
 
@@ -184,10 +285,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypa
         calls.append(1)
         return gate_loss(logits, teacher, *args) * (float("nan") if len(calls) > 6 else 1)  # 2 layers: step 3 breaks
 
-    monkeypatch.setattr(distill, "gate_loss", breaks)
-    gates, records = train(model, SPEC, tokens[:2], RECIPE)
-    assert [r["step"] for r in records] == [0, 1, 2]
-    assert all(p.isfinite().all() for gate in gates for p in gate.parameters())
+    good = learn(model, tokens[:2], tmp_path / "good", replace(RECIPE, steps=3, warmup=3))
+    monkeypatch.setattr(gated_model, "gate_loss", breaks)
+    with pytest.raises(LossNotFiniteError, match=r"loss of step 3 is not finite .*gates before it are in .*gate"):
+        learn(model, tokens[:2], tmp_path / "gate", replace(RECIPE, warmup=3))
+    history = read_history(tmp_path / "gate" / "loss.csv")
+    assert [row["loss"] for row in history] == [row["loss"] for row in good] and len(good) == 3
+    assert load_gates(tmp_path / "gate", SPEC).sha256 == load_gates(tmp_path / "good", SPEC).sha256
 
 
 class WordTokenizer:
@@ -197,44 +301,59 @@ class WordTokenizer:
         return {"input_ids": [int(word) for word in text.split()]}
 
 
-def test_packing():
-    packed = pack(["1 2 3", "4 5"], WordTokenizer(), 3)
-    assert packed.tolist() == [[1, 2, 3], [0, 4, 5]]
-    with pytest.raises(ValueError, match="has 7 tokens, one sequence takes 8"):
-        pack(["1 2 3", "4 5"], WordTokenizer(), 8)
-
-
-def test_every_sequence_is_used_before_any_repeats():
-    stream = distill._batches(torch.arange(5)[:, None], 2, seed=3)
-    seen = torch.cat([next(stream) for _ in range(5)]).flatten().tolist()
-    assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
-    again = distill._batches(torch.arange(5)[:, None], 2, seed=3)
-    assert torch.cat([next(again) for _ in range(5)]).flatten().tolist() == seen
-
-
 def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, capsys):
     model, tokens = tiny
     lines = [{"id": str(i), "split": "train", "text": " ".join(map(str, row.tolist()))} for i, row in enumerate(tokens)]
     corpus = tmp_path / "text.jsonl"
     corpus.write_text("\n".join(map(json.dumps, lines)))
-    loaded = SimpleNamespace(model=model, tokenizer=WordTokenizer(), spec=SPEC)
+    loaded = SimpleNamespace(model=model, tokenizer=WordTokenizer(), spec=SPEC, max_ctx=1024)
     monkeypatch.setattr(zoo, "load", lambda name, dtype, device: loaded)
     out = tmp_path / "gate"
-    common = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--block", "32", "--gate-dim", "64"]
-    command = [*common, "--data", f"file:{corpus},file:{corpus}", "--out", str(out)]
-    assert distill.main([*command, "--ctx", "256", "--steps", "3", "--batch", "2"]) == 0
+    command = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--data", f"file:{corpus},file:{corpus}"]
+    kind = ["--block", "32", "--gate-dim", "64"]
+    short = ["--ctx", "256", "--steps", "3", "--batch", "2"]
+    assert distill.main([*command, *kind, *short, "--out", str(out)]) == 0
+    assert "by the torch teacher" in capsys.readouterr().out
     rows = list(csv.DictReader((out / "loss.csv").open()))
-    assert [row["step"] for row in rows] == ["0", "1", "2"] and set(rows[0]) == {"step", "loss", "lr"}
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert list(rows[0]) == ["step", "loss", "lr", "tokens_per_second", "mass_recall", "mass_recall_oracle"]
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "gate.safetensors", "loss.csv"]
     config = json.loads((out / "config.json").read_text())
-    assert config["seerattn_gate_type"] == "Qavg_Kmaxminavg" and config["training"]["tokens"] == 3 * 2 * 256
+    assert (config["seerattn_gate_type"], config["seerattn_gate_block_size"]) == ("Qavg_Kmaxminavg", 32)
+    assert config["training"]["tokens"] == 3 * 2 * 256 and config["training"]["teacher"] == "torch"
+    assert set(load_file(out / "gate.safetensors")) == {
+        f"model.layers.{layer}.self_attn.attn_gate.mask_linear_{side}.weight" for layer in range(2) for side in "qk"
+    }
     method = Seer(gate=str(out)).prepare(SPEC)
     assert method.gate.at(1, torch.device("cpu")).gate_dim == 64 and "text.jsonl" in method.note
-    assert distill.main([*command, "--ctx", "8k"]) == 2
-    assert "one sequence takes 8192" in capsys.readouterr().err
+
+    def refused(*options):
+        status = distill.main([*command, *options])
+        error = capsys.readouterr().err
+        return status == 2 and error.count("error: ") == 1 and error
+
+    other = ["--out", str(tmp_path / "other")]
+    assert "--ctx 8192 is beyond tiny, which has 1024 positions" in refused(*other, "--ctx", "8k")
+    few = ["--ctx", "1k", "--block", "32"]
+    corpus.write_text(json.dumps({"id": "1", "split": "train", "text": "1 2 3"}))
+    assert "one sequence takes 1024" in refused(*other, *few)
+    assert "has block=32: leave that option out" in refused(*other, "--init", str(out), "--block", "64")
+    assert "no gate weights at" in refused(*other, "--init", str(tmp_path / "nothing"))
+    assert "steps 0, batch 1" in refused(*other, "--steps", "0")
+    monkeypatch.setattr(gated_model, "gate_loss", lambda logits, *_: logits.sum() * float("nan"))
+    corpus.write_text("\n".join(map(json.dumps, lines)))
+    assert distill.main([*command, *kind, *short, *other]) == 1
+    assert "error: the loss of step 0 is not finite" in capsys.readouterr().err
+
+    def full(name, dtype, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(zoo, "load", full)
+    assert "tiny does not fit this GPU" in refused(*other)
 
 
 def test_gates_of_smollm2_fit_ten_megabytes(tmp_path):
     spec = ModelSpec("smollm2-135m", layers=30, heads=9, kv_heads=3, head_dim=64)
-    distill.save(tmp_path, new_gates(spec, Recipe()), [], spec, {})
+    save_gates(tmp_path, new_gates(spec, Recipe()), spec, {})
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 10e6
     assert Seer(gate=str(tmp_path)).prepare(spec).gate.at(29, torch.device("cpu")).gate_dim == 128

@@ -1,0 +1,182 @@
+"""Fine-tune a model for longer contexts, with SeerAttention's sparse attention inside or, as the baseline, dense.
+
+    python -m sparsebench.methods.seer.extend --model NAME --data file:PATH --rope yarn --factor 4 --ctx 32k --out DIR
+
+Source: Gao et al. 2024 (arXiv 2410.13276), its long-context fine-tuning: RoPE is stretched by YaRN, attention runs over the
+blocks that the gates choose, and the gates go on learning. The model learns from the loss of its tokens alone, the gates from
+their own loss alone. Without --density attention is dense and everything else the same.
+
+One GPU, or several by torchrun or accelerate launch (DDP).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import ModelSpec
+from ..spec import parse_tokens
+from . import training
+from .extended_model import ROPES, TEACHER, Extension, recompute_layers, stretch, width_of
+from .gate import AttnGate
+from .method import TRAIN
+from .weights import load_gates, save_gates, shipped_gate
+
+CLIP = 1.0  # largest norm of a step's gradient
+DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 3e-4, "gate_weight": 0.1, "warmup": 20, "seed": 0}
+
+
+class Trainer(training.Trainer):
+    """Records the parts of the loss and the density; the gates have a learning rate of their own."""
+
+    less_memory = "--ctx, or turn on --gradient-checkpointing"
+
+    def __init__(self, module: Extension, args: Any, sequences: Tensor, gate_lr: float):
+        super().__init__(module, args, sequences)
+        self.gate_lr = gate_lr
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        for name, value in outputs.items():
+            if name != "loss":
+                self.extras[name] = self.extras.get(name, 0) + value / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = [{"params": list(self.model.model.parameters())}]
+            if self.model.sparse is not None:
+                groups.append({"params": list(self.model.gates.parameters()), "lr": self.gate_lr})
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+
+def initial_gates(path: str | None, spec: ModelSpec, device: torch.device) -> list[AttnGate]:
+    """The gates at `path`, or those shipped for the model, to be trained. Raises: ValueError when there are none that fit."""
+    folder = shipped_gate(spec.name) if path is None else Path(path)
+    if path is None and not folder.is_dir():
+        raise ValueError(f"no trained gate ships for {spec.name}: give one with --gate PATH, or train one: {TRAIN}")
+    found = load_gates(folder, spec)
+    return [copy.deepcopy(found.at(layer, device)).requires_grad_(True) for layer in range(spec.layers)]
+
+
+def extend(args: argparse.Namespace) -> None:
+    """Train as the command line says and save(), also what stood before a loss that is not finite.
+
+    Raises: ValueError for what does not fit together; training.LossNotFiniteError.
+    """
+    from ...models import zoo
+    from ...models.attach import attach
+    from ...suites.corpora import read_documents
+    from ...suites.perplexity import SCALED_LOGITS
+
+    checkpoints = args.out.with_name(args.out.name + ".training")
+    options = training.arguments(
+        checkpoints, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
+        save_steps=args.save_every, max_grad_norm=CLIP, bf16=args.dtype == "bfloat16", cpu=args.device == "cpu",
+    )  # fmt: skip
+    loaded = zoo.load(args.model, device=options.device)
+    model, spec = loaded.model, loaded.spec
+    if scaled := [name for name in SCALED_LOGITS if getattr(model.config, name, None) is not None]:
+        raise ValueError(f"{type(model).__name__} changes its logits after the output embedding ({scaled[0]}): not supported")
+    stretch(model, args.rope, args.factor, args.ctx)
+    gates: list[AttnGate] = []
+    if args.density is not None:
+        gates = initial_gates(args.gate, spec, options.device)
+    width = width_of(args.density, args.ctx, gates[0].block) if gates else 0
+    texts = [document.text for source in args.data.split(",") for document in read_documents(source, "train")]
+    sequences = training.pack(texts, loaded.tokenizer, args.ctx)
+    if args.gradient_checkpointing:
+        recompute_layers(model)
+    module = Extension(model, gates, width, args.gate_weight)
+    trainer = Trainer(module, options, sequences, args.gate_lr)
+    recipe = {name: getattr(args, name) for name in (*DEFAULTS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
+    recipe |= {"data": ",".join(source.rsplit("/", 1)[-1] for source in args.data.split(",")), "width": width}
+    failure = None
+    with attach(model, module.sparse) if module.sparse is not None else nullcontext():
+        try:
+            training.run(trainer, checkpoints, recipe)
+        except training.LossNotFiniteError as error:
+            failure = error
+    if trainer.is_world_process_zero():
+        save(args.out, module, loaded.tokenizer, spec, recipe, trainer.history)
+    if failure is not None:
+        raise failure
+    if trainer.is_world_process_zero():
+        first, last = trainer.history[0], trainer.history[-1]
+        print(f"token loss {first['token_loss']:.4f} -> {last['token_loss']:.4f}; model in {args.out}")
+
+
+def save(
+    out: Path, module: Extension, tokenizer: Any, spec: ModelSpec, recipe: dict[str, Any], history: list[dict[str, float]]
+) -> None:
+    """A folder that transformers and --models of run_bench.py load, with loss.csv, training.json, and gate/ for seer:gate=PATH.
+
+    training.json: the recipe, tokens read, the history's last row, and as `method` the selection that training ran.
+    """
+    module.model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1] if history else None}
+    if module.sparse is not None:
+        of_gates = {**record, "ctx_len": recipe["ctx"], "loss": TEACHER}
+        save_gates(out / "gate", list(module.sparse.gates), replace(spec, name=out.resolve().name), of_gates)
+        record["method"] = f"seer:gate={out / 'gate'},budget={recipe['width']},diagonal=True,last_dense=0"
+    training.write_history(out / "loss.csv", history)
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sparsebench.methods.seer.extend", description=__doc__.splitlines()[0])
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
+    add("--data", required=True, help="corpora, comma-separated, of which the split 'train' is read: file:PATH,...")
+    add("--out", required=True, type=Path, help="folder for the model; checkpoints go to OUT.training, and the "
+        "same command again goes on from the newest")  # fmt: skip
+    add("--rope", default="yarn", help=f"how RoPE is stretched: {' or '.join(ROPES)}")
+    add("--factor", type=float, default=4.0, help="of the model's length, above 1; default 4")
+    add("--ctx", type=parse_tokens, default=32768, help="tokens per sequence, default 32k")
+    add("--density", type=float, help="share of the causal pairs that attention computes; without it, dense attention")
+    add("--gate", help="gates to begin with, a folder or file; default: those shipped for the model")
+    add("--gate-weight", type=float, help="factor of the gates' loss; AdamW undoes it but for what clips the gradient")
+    add("--gate-lr", type=float, help="largest learning rate of the gates")
+    add("--lr", type=float, help="largest learning rate of the model")
+    add("--steps", type=int, help="optimiser steps")
+    add("--batch", type=int, help="sequences a step")
+    add("--warmup", type=int, help="steps up to the largest learning rate")
+    add("--seed", type=int, help="of the order of the data")
+    add("--save-every", type=int, default=100, help="steps from checkpoint to checkpoint, default 100")
+    add("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass: less memory, slower")
+    add("--device", default="cuda" if cuda else "cpu", choices=["cuda", "cpu"])
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float32"], help="weights stay float32")
+    parser.set_defaults(**DEFAULTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    try:
+        extend(args)
+    except torch.OutOfMemoryError as error:  # before the first step; from then on training.run() answers
+        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except training.LossNotFiniteError as error:
+        print(f"error: {error}; the model before it is in {args.out}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""A frozen model with the gates that learn from its attention, as one module, and gates to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.attention_with_map import attention_with_map
+from ..base import LayerContext, Method, ModelSpec, dense_attention
+from .gate import AttnGate
+from .ground_truth import block_map, gate_loss, recall
+from .method import block_tables
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How gates are trained. The paper: 64k-token sequences, batch 16, 500 steps, on RedPajama, loss max, drop 0.25."""
+
+    gate_type: str = "Qavg_Kmaxminavg"
+    block: int = 64
+    gate_dim: int = 128
+    loss: str = "mass"  # or "max": what of a block's probabilities the gate learns
+    drop: float = 0.0  # part of the rows, the first, left out of the loss: 0 for gates that also serve short contexts
+    steps: int = 500
+    batch: int = 1  # sequences a step
+    lr: float = 1e-3
+    warmup: int = 20
+    seed: int = 0
+
+
+class GateTrainer(Method):
+    """Dense attention that, in passing, computes its layer's gate loss and gradient; for attach(), never registered.
+
+    teacher: "kernel" or "torch" (resolve_teacher). measure: whether to compute recalls too.
+    Of every call since clear(): losses 0-d, grads one list per layer in the order of gate.parameters(), recalls [gate, oracle].
+    """
+
+    name = "seer_distill"
+
+    def __init__(self, gates: Sequence[AttnGate] | nn.ModuleList, recipe: Recipe, teacher: str = "torch"):
+        self.gates, self.recipe, self.teacher = gates, recipe, teacher
+        self.measure = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses: list[Tensor] = []
+        self.grads: list[list[Tensor]] = []
+        self.recalls: list[Tensor] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        gate: Any = self.gates[ctx.layer]
+        assert ctx.rope is not None and ctx.layer == len(self.losses)
+        if self.teacher == "kernel":
+            out, _, teacher = attention_with_map(q, k, v, gate.block, self.recipe.loss, scale=ctx.scale)
+        else:
+            out, teacher = dense_attention(q, k, v, ctx.scale), block_map(q, k, self.recipe.loss, gate.block, ctx.scale)
+        tables = block_tables(ctx.rope, gate.rope_dim, q.shape[2], k.shape[2], gate.block, q.device)
+        with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):  # gates learn in fp32 whatever runs the model
+            logits = gate(ctx.q_pre, ctx.k_pre, *tables)
+            loss = gate_loss(logits, teacher, self.recipe.drop)
+            self.grads.append(list(torch.autograd.grad(loss, list(gate.parameters()))))
+        self.losses.append(loss.detach())
+        if self.measure:
+            self.recalls.append(torch.stack((recall(logits, teacher), recall(teacher, teacher))))
+        return out
+
+
+class _GivenGradients(torch.autograd.Function):
+    """`loss`, whose gradient for the weights is known already; autograd and what hooks into it see an ordinary graph."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, grads: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, *factor: Tensor):
+        return None, None, *(grad * factor[0] for grad in ctx.grads)
+
+
+class GatedModel(nn.Module):
+    """The frozen model and its gates. Runs only with `method` attached to `base`.
+
+    forward(input_ids int64 [1, ctx_len]): {"loss": mean over layers}; a gate's gradient is that of its own layer's loss.
+    """
+
+    def __init__(self, base: Any, gates: Sequence[AttnGate], recipe: Recipe, teacher: str):
+        super().__init__()
+        self.base = base.requires_grad_(False).eval()
+        self.gates = nn.ModuleList(gates)
+        self.method = GateTrainer(self.gates, recipe, teacher)
+        self._no_split_modules = getattr(base, "_no_split_modules", None)  # what FSDP wraps by itself
+
+    def train(self, mode: bool = True) -> GatedModel:
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        self.method.clear()
+        with torch.no_grad():
+            self.base(input_ids=input_ids, use_cache=False)
+        grads = [grad for layer in self.method.grads for grad in layer]
+        loss = torch.stack(self.method.losses).mean()
+        return {"loss": _GivenGradients.apply(loss, grads, *self.gates.parameters())}
+
+    def trained_gates(self, state: dict[str, Tensor]) -> list[AttnGate]:
+        """Copies, on the CPU, with the weights of a state_dict() of this module, which may be gathered from several GPUs."""
+        copies = []
+        for i, gate in enumerate(self.gates):
+            copies.append(AttnGate(**gate.options()))  # type: ignore[operator]
+            copies[-1].load_state_dict({name: state[f"gates.{i}.{name}"] for name in copies[-1].state_dict()})
+        return copies
+
+
+def new_gates(model: ModelSpec, recipe: Recipe) -> list[AttnGate]:
+    """Gates to train, fp32, the same for the same seed; they start near the dot product of the means (last pooling) of q and k.
+
+    The authors start from random weights; from here the same training keeps more attention mass.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        sizes = (recipe.block, model.head_dim, recipe.gate_dim, model.heads, model.kv_heads)
+        gates = [AttnGate(recipe.gate_type, *sizes) for _ in range(model.layers)]
+    with torch.no_grad():
+        for weight in (weight for gate in gates for weight in gate.parameters()):
+            weight.mul_(0.1)
+            weight[:, -model.head_dim :] += torch.eye(model.head_dim, recipe.gate_dim)
+    return gates
