@@ -114,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--longbench-data", default=None, help="folder with the .jsonl files of longbench, longbench2")
     parser.add_argument("--qkv", default=None, help="file of sparsebench.suites.capture: what speed measures on")
     parser.add_argument("--backward", action="store_true", help="speed: the gradients of q, k and v too")
-    parser.add_argument("--stride", type=int, default=None, help="perplexity of whole documents in windows that move by this")
+    parser.add_argument("--stride", default=None, help="tokens: perplexity of whole documents in windows that move by this")
     parser.add_argument("--versus", default=None, help="compare with this method too, not with dense alone")
     parser.add_argument("--seed", type=int, default=0, help="of random inputs; the method random has its own, random:seed=1")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="fp32 on a CPU, bf16 on a GPU; speed is always bf16")
@@ -128,9 +128,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv or FIRST_LOOK)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
-    for name in ("limit", "stride"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    args.stride = None if args.stride is None else parse_tokens(args.stride)
     args.dtype = DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
     return args
 

@@ -1,4 +1,7 @@
-"""Writes docs/methods.md from the registered methods and docs/conformance.csv; --gallery draws docs/gallery.png as well."""
+"""Writes docs/methods.md from the registered methods and docs/conformance.csv.
+
+--gallery draws docs/gallery.png as well, --training docs/seer-training.png from loss.csv files of the gate trainer.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 import torch
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, PowerNorm
 from matplotlib.figure import Figure
@@ -39,6 +43,7 @@ GROUPS = {  # heading: (what its methods share, in reading order); a method name
 MODEL, CORPUS, LENGTH, LAYER, HEAD, DENSITY, CELL = "smollm2-135m", "pydoc", 2048, 20, 7, 0.25, 8
 # The defaults of these select everything at this length.
 SHOWN: dict[str, dict[str, Any]] = {"moba": {"chunk": 128}, "spargeattn": {"smooth_k": False}}
+TRAINING_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 COLUMNS = ["name", "what", "paper", "phase", "needs", "knob", "selection cost", "checked"]
 INTRO = """# Methods
 
@@ -151,10 +156,32 @@ def pixels(pairs: torch.Tensor) -> torch.Tensor:
     return pairs.unflatten(0, (-1, CELL)).unflatten(2, (-1, CELL)).sum((1, 3))
 
 
+def training_curves(files: list[Path]) -> Figure:
+    """Loss and recall over the steps of every loss.csv, named by its folder; the oracle's recall as a dashed line."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    of_loss, of_recall = figure.subplots(1, 2)
+    for number, file in enumerate(files):
+        steps, color = pd.read_csv(file).set_index("step"), TRAINING_COLORS[number % len(TRAINING_COLORS)]
+        of_loss.plot(steps["loss"], color=color, linewidth=0.4, alpha=0.5)
+        of_loss.plot(
+            steps["loss"].rolling(20, min_periods=1, center=True).mean(), color=color, label=file.resolve().parent.name
+        )
+        for column in steps.columns[steps.columns.str.endswith("_recall")]:
+            measured = steps[[column, f"{column}_oracle"]].dropna()  # on some steps only
+            of_recall.plot(measured[column], color=color, label=f"gate, {column.removesuffix('_recall')} of a block")
+            of_recall.plot(measured[f"{column}_oracle"], color=color, linestyle="--", linewidth=1, label="oracle")
+    of_loss.set(title="loss (and its mean over 20 steps)", xlabel="step", yscale="log")
+    of_recall.set(title="recall at density 0.1", xlabel="step")
+    for axes in (of_loss, of_recall):
+        axes.grid(color="#d9d9d9", linewidth=0.5)
+        if axes.lines:
+            axes.legend(frameon=False)
+    return figure
+
+
 def draw_gallery(path: Path) -> None:
     panels, columns = list(selections()), 6
     rows = -(-len(panels) // columns)
-    matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 9, "figure.labelsize": 10, "legend.fontsize": 9}
     figure = Figure(figsize=(10, 0.6 + 2.0 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=True, sharey=True).flat)
     colors = {"selected": "#0072b2", "not selected": "white", "future": "#d9d9d9"}
@@ -181,6 +208,11 @@ def draw_gallery(path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gallery", action="store_true", help="also draw gallery.png, which takes minutes on a CPU")
-    if parser.parse_args().gallery:
+    parser.add_argument("--training", nargs="+", type=Path, metavar="LOSS.CSV", help="also draw seer-training.png of these")
+    args = parser.parse_args()
+    matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 9, "figure.labelsize": 10, "legend.fontsize": 9}
+    if args.gallery:
         draw_gallery(DOCS / "gallery.png")
+    if args.training:
+        training_curves(args.training).savefig(DOCS / "seer-training.png", dpi=130)
     (DOCS / "methods.md").write_text(page(), encoding="utf-8")

@@ -306,7 +306,7 @@ def _launch_options(q: Tensor, k: Tensor, kv_block: int) -> dict:
         together = q.shape[1] // heads if kv_len > 8192 and kv_block == 64 else 1
     if dim > 128:
         return dict(BM=64, BN=32, together=together, num_warps=4, num_stages=2)
-    return dict(BM=64, BN=64, together=together, num_warps=4, num_stages=3)
+    return dict(BM=64, BN=min(kv_block, 64), together=together, num_warps=4, num_stages=3)
 
 
 def _box(x: Tensor, rows: int) -> TensorDescriptor:
@@ -326,9 +326,9 @@ def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: flo
         raise ValueError(f"the Triton kernel supports head_dim {HEAD_DIMS}, got {dim}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32, got {q.dtype}")
-    if (mask.q_block not in (64, 128) and TILE_ROWS % mask.q_block) or mask.kv_block % 64:
+    if (mask.q_block not in (64, 128) and TILE_ROWS % mask.q_block) or (mask.kv_block % 64 and mask.kv_block != 32):
         raise ValueError(
-            f"the Triton kernel supports query blocks of 128, 64 and its divisors and key blocks of multiples of 64, got "
+            f"the Triton kernel supports query blocks of 128, 64 and its divisors and key blocks of 32 or multiples of 64, got "
             f"{mask.q_block} x {mask.kv_block}"
         )
     q, k, v = (aligned(x) for x in (q, k, v))

@@ -30,12 +30,13 @@ def differentiable(forward: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Blo
 
     Both outputs pass gradients on. Every run gives the same bits: no sum depends on the order in which programs finish.
     Raises: ValueError for masks without a backward kernel: single columns, blocks that do not tile the keys, query blocks
-        other than 64 and 128, pv_threshold.
+        other than 64 and 128, key blocks that are no multiple of 64, pv_threshold.
     """
     unfit = {
         "single key columns": mask.column_indices is not None,
         "key blocks that do not tile the keys": mask.step != mask.kv_block,
         f"query blocks of {mask.q_block} (64 and 128 have one)": mask.q_block not in (64, 128),
+        f"key blocks of {mask.kv_block} (multiples of 64 have one)": mask.kv_block % 64,
         "pv_threshold": mask.pv_threshold is not None,
     }
     if any(unfit.values()):

@@ -1,12 +1,17 @@
 """The documentation's examples run as they are printed."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import sparsebench
 from sparsebench.methods import METHODS
+from sparsebench.methods.seer import distill, extend
+from sparsebench.methods.seer.training import write_history
 from sparsebench.methods.spec import load_plugin
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -30,3 +35,54 @@ def test_add_a_method_example(tmp_path):
         assert torch.equal(names["out"], sparsebench.attention(METHODS["pooled"](density=0.25), q, k, v)[0])
     finally:
         METHODS.pop("pooled", None)
+
+
+SEER = (DOCS / "seer.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("trainer, heading", [(distill, "Train a gate"), (extend, "Extend a model")])
+def test_every_option_of_the_trainers_is_described(trainer, heading, capsys):
+    with pytest.raises(SystemExit):
+        trainer.main(["--help"])
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out.split("options:")[1])) - {"--help"}
+    section = SEER.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    described = {flag for line in section.splitlines() if line.startswith("|") for flag in re.findall(r"`(--[a-z-]+)`", line)}
+    commands = re.findall(rf"-m {trainer.__name__} (.*)", section.replace("\\\n", ""))
+    assert commands and set(re.findall(r"--[a-z-]+", " ".join(commands))) <= options - {"--nproc-per-node"}
+    assert described | {"--model", "--data", "--out"} == options
+
+
+def test_seer_page_names_every_field_and_links_to_what_exists():
+    section = SEER.split("\n## Use a gate\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(METHODS["seer"]().params())
+    for link in re.findall(r"\]\((?!http)(.*?)\)", SEER):
+        assert (DOCS / link.partition("#")[0]).is_file(), link
+
+
+def test_documents_are_cut_as_the_seer_page_says(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", SEER, re.DOTALL)
+    (tmp_path / "a.jsonl").write_text(
+        '{"id": "x", "split": "eval", "text": "abcdefgh"}\n{"id": "y", "split": "train", "text": "ij"}\n'
+    )
+    monkeypatch.setattr("sys.argv", ["cut", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "3"])
+    exec(code, {})
+    parts = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [(part["id"], part["text"], part["split"]) for part in parts] == [
+        ("x-0", "abc", "eval"), ("x-3", "def", "eval"), ("y-0", "ij", "train"),
+    ]  # fmt: skip
+
+
+def test_training_curves_show_what_the_files_say(tmp_path):
+    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    rows = [{"step": i, "loss": 1 / (i + 1)} for i in range(30)]
+    for row in rows[::10]:
+        row |= {"mass_recall": row["step"] / 40, "mass_recall_oracle": 0.9}
+    write_history(tmp_path / "mine" / "loss.csv", rows)
+    figure = build.training_curves([tmp_path / "mine" / "loss.csv"])
+    loss, recall = figure.axes
+    assert loss.lines[0].get_ydata().tolist() == [row["loss"] for row in rows] and loss.lines[1].get_label() == "mine"
+    assert [line.get_ydata().tolist() for line in recall.lines] == [[0, 0.25, 0.5], [0.9, 0.9, 0.9]]
+    assert recall.lines[0].get_xdata().tolist() == [0, 10, 20]
+    figure.savefig(tmp_path / "curves.png")

@@ -151,6 +151,8 @@ def check_refused(bench, words, message, *more):
         ("--suites ruler --haystack file:missing.txt", "no such corpus file"),
         ("--suites longbench --longbench-data missing", "--longbench-data missing is not a folder"),
         ("--ctx 256,1k --stride 512", "--stride 512 is larger than the context of 256 tokens"),
+        ("--ctx 1k --stride 2k", "--stride 2048 is larger than the context of 1024 tokens"),
+        ("--stride 0", "lengths are written 512, 8k or 1m, got '0'"),
         ("--methods a_shape --versus seer", "--versus seer is none of --methods: a_shape"),
         ("--plugin missing.py", "no such plug-in file"),
     ],

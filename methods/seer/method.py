@@ -45,7 +45,7 @@ class Seer(Method):
         top_p       the fewest best blocks whose S sums to at least top_p
     gate: folder or file of trained gates, one AttnGate for every layer, or None for the gate shipped for the model.
     last_dense: query blocks at the end that attend to everything (in chunked prefill: at the end of each chunk).
-    share_gqa: one selection per KV head, from the mean of S over its query heads.
+    share_gqa: one selection per KV head, S from the mean of its query heads' logits.
     diagonal: always keep a row's own block (counted in nz_ratio and budget).
 
     The authors' code: nz_ratio counts the same number in every row and cuts at the diagonal afterwards, so early rows keep
@@ -128,20 +128,21 @@ class Seer(Method):
             raise ValueError("seer's gate puts RoPE on block positions: pass rope_theta")
         tables = block_tables(ctx.rope, gate.rope_dim, q_len, kv_len, block, q.device)
         gate_q, gate_k = gate.project(ctx.q_pre, ctx.k_pre, *tables)
-        group = q.shape[1] // k.shape[1] if self.share_gqa else 1
-        width = self._width(-(-kv_len // block))
-        if group == 1 and self.top_p is None:
+        if self.share_gqa:
+            gate_q, gate_k = mean_of_group(gate_q, gate_k, k.shape[1])
+        if self.top_p is None:
             return choose_blocks(
-                gate_q, gate_k, q_len, kv_len, block, block, width=width, threshold=self._cut, scale=gate.gate_dim**-0.5,
-                last_dense=int(min(self.last_dense, q_len)), diagonal=self.diagonal,
+                gate_q, gate_k, q_len, kv_len, block, block, width=self._width(-(-kv_len // block)), threshold=self._cut,
+                scale=gate.gate_dim**-0.5, last_dense=int(min(self.last_dense, q_len)), diagonal=self.diagonal,
             )  # fmt: skip
-        gate_k = gate_k.repeat_interleave(q.shape[1] // gate_k.shape[1], dim=1)
+        heads = gate_q.shape[1]
+        gate_k = gate_k.repeat_interleave(heads // gate_k.shape[1], dim=1)
         visible = causal_blocks(q_len, kv_len, block, block, q.device)
         own = own_blocks(q_len, kv_len, block, block, q.device)
-        heads = max(1, SCRATCH_BYTES // (4 * q.shape[0] * visible.numel() * group)) * group
+        step = max(1, SCRATCH_BYTES // (4 * q.shape[0] * visible.numel()))
         parts = [
-            self._choose(gate.logits(gate_q[:, h : h + heads], gate_k[:, h : h + heads]), visible, own, group, width)
-            for h in range(0, q.shape[1], heads)
+            self._most_likely(gate.logits(gate_q[:, h : h + step], gate_k[:, h : h + step]), visible, own)
+            for h in range(0, heads, step)
         ]
         chosen = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         chosen = complete_rows(chosen, own, self.last_dense)
@@ -167,23 +168,28 @@ class Seer(Method):
     def _cut(self) -> float:
         return 2e-3 if self.threshold is None else self.threshold
 
-    def _choose(self, logits: Tensor, visible: Tensor, own: Tensor, group: int, width: int | None) -> Tensor:
-        """bool [B, H, NQ, NK] by top_p or for shared selections; H is a group-th of the logits' heads."""
-        scores = logits.float().masked_fill_(~visible, float("-inf")).softmax(-1).unflatten(1, (-1, group)).mean(2)
-        if width is not None:
-            scores.masked_fill_(~visible, float("-inf"))
-            if self.diagonal:
-                scores.masked_fill_(own, float("inf"))
-            # Where fewer blocks are visible than wanted, others come last and from_dense() drops them.
-            return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(width, dim=-1).indices, True)
-        if self.top_p is not None:
-            best, order = scores.sort(dim=-1, descending=True)
-            before = best.cumsum(-1) - best
-            keep = torch.zeros_like(visible).expand(scores.shape).clone().scatter_(-1, order, before < self.top_p)
-            keep |= torch.full_like(own, self.top_p >= 1)  # the running sum may reach 1 before the last block
-        else:
-            keep = scores > self._cut
+    def _most_likely(self, logits: Tensor, visible: Tensor, own: Tensor) -> Tensor:
+        """bool [B, H, NQ, NK]: the fewest best blocks of every row whose softmax sums to top_p."""
+        assert self.top_p is not None
+        scores = logits.float().masked_fill_(~visible, float("-inf")).softmax(-1)
+        best, order = scores.sort(dim=-1, descending=True)
+        before = best.cumsum(-1) - best
+        keep = torch.zeros_like(visible).expand(scores.shape).clone().scatter_(-1, order, before < self.top_p)
+        keep |= torch.full_like(own, self.top_p >= 1)  # the running sum may reach 1 before the last block
         return keep | own if self.diagonal else keep
+
+
+def mean_of_group(q: Tensor, k: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """q, k [B, H_kv, N, C], whose dot products are the means over a group's query heads of those of the arguments.
+
+    q [B, H, NQ, G], k [B, H or H_kv, NK, G]: AttnGate.project()'s output. C is G, or all of a group's channels where every
+    query head has a k of its own.
+    """
+    q = q.unflatten(1, (kv_heads, -1))
+    if k.shape[1] == kv_heads:
+        return q.mean(2), k
+    own = k.unflatten(1, (kv_heads, -1))
+    return q.transpose(2, 3).flatten(3) / q.shape[2], own.transpose(2, 3).flatten(3)
 
 
 _TABLES: WeakKeyDictionary[Rope, tuple[tuple, tuple[Tensor, ...]]] = WeakKeyDictionary()

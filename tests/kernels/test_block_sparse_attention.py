@@ -46,6 +46,8 @@ SHAPES = {
     "blocks 128x64": (1, 2, 1, 257, 257, 64, 128, 64, 1, 2),
     "blocks 64x128": (1, 2, 1, 257, 257, 64, 64, 128, 1, 2),
     "blocks 128x128": (1, 2, 1, 300, 300, 64, 128, 128, 1, 2),
+    "blocks 32x32": (1, 2, 1, 201, 201, 64, 32, 32, 1, 2),
+    "blocks 32x32, chunked": (1, 4, 2, 70, 173, 128, 32, 32, 1, 2),
     "chunked prefill": (1, 2, 1, 70, 333, 64, 64, 64, 1, 2),
     "chunked, aligned": (1, 2, 1, 128, 256, 64, 64, 64, 1, 2),
     "chunked 128x64": (1, 2, 1, 150, 333, 64, 128, 64, 1, 2),
@@ -247,7 +249,7 @@ def test_bad_input_raises(device):
         "impl is": (q, k, v, mask, {"impl": "cuda"}),
         "supports head_dim": (q[..., :32], k[..., :32], v[..., :32], mask, {"impl": "triton"}),
         "supports fp16, bf16 and fp32": (q.double(), k.double(), v.double(), mask, {"impl": "triton"}),
-        "supports query blocks": (q, k, v, random_mask(device, 1, 4, 100, 100, 32, 32), {"impl": "triton"}),
+        "supports query blocks": (q, k, v, random_mask(device, 1, 4, 100, 100, 48, 48), {"impl": "triton"}),
     }
     for message, (q_, k_, v_, mask_, kwargs) in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -216,6 +216,7 @@ def test_refuses_masks_without_a_backward(device):
         "single key columns": BlockMask(one, first, 128, 128, 64, 64, column, one),
         "do not tile": BlockMask(one, first, 128, 128, 64, 64, kv_step=1),
         "query blocks of 16": random_mask(device, 1, 2, 128, 128, 16),
+        "key blocks of 32": random_mask(device, 1, 2, 128, 128, 64, 32),
         "pv_threshold": replace(mask, pv_threshold=50.0),
     }
     for n in range(3):

@@ -207,10 +207,10 @@ def test_head_chunks_change_nothing(knob, monkeypatch):
         monkeypatch.undo()
 
 
-def test_shared_selection_ranks_by_the_mean_over_the_group():
+def test_shared_selection_is_of_the_mean_logits_of_the_group():
     gate, q, k = plain()
-    p = gate(q, k, *plain_rope(1e4)(torch.arange(0, 300, 32), gate.rope_dim))
-    p = p.masked_fill(~torch.ones(10, 10, dtype=torch.bool).tril(), float("-inf")).softmax(-1).unflatten(1, (2, 2)).mean(2)
+    logits = gate(q, k, *plain_rope(1e4)(torch.arange(0, 300, 32), gate.rope_dim)).unflatten(1, (2, 2)).mean(2)
+    p = logits.masked_fill(~torch.ones(10, 10, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
     mask = select(Seer(gate=gate, share_gqa=True, threshold=0.1, last_dense=0), q, k).dense()
     assert torch.equal(mask, (p > 0.1) | (~(p > 0.1).any(-1, keepdim=True) & torch.eye(10, dtype=torch.bool)))
 
