@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .block_lists import causal_blocks
 from .block_mask import BlockMask
-from .block_mass import block_mass
+from .block_mass import REDUCTIONS, block_mass
 from .block_sparse_attention import HEAD_DIMS, _box, block_sparse_attention_reference, check_tensors
 from .block_sparse_attention import _launch_options as attention_options
 from .hopper_attention_with_map import TEAM_ROWS, hopper_applies
@@ -22,17 +22,18 @@ SLOT_TILES = 2048  # key tiles that a program remembers, 128k tokens; what lies 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def has_kernel(q: Tensor, block: int) -> bool:
-    """Whether a kernel computes maps of such blocks for q."""
-    return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES and block % CELL == 0
+def has_kernel(q: Tensor, block: int, of: str = "max") -> bool:
+    """Whether a kernel computes such maps for q."""
+    cells = block % CELL == 0 if of != "row_mass" else block == CELL  # a row's mass in larger blocks is not in cells any more
+    return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES and cells
 
 
-def resolve_map_impl(impl: str, q: Tensor, block: int) -> str:
+def resolve_map_impl(impl: str, q: Tensor, block: int, of: str = "max") -> str:
     """The implementation that `impl` means: "auto" is on CUDA the fastest that applies, else the reference.
 
     Raises: ValueError for an unknown name, or a kernel that does not compute this.
     """
-    hopper = has_kernel(q, block) and hopper_applies(q)
+    hopper = has_kernel(q, block, of) and hopper_applies(q)
     if impl == "hopper":
         if not hopper:
             raise ValueError(
@@ -40,9 +41,9 @@ def resolve_map_impl(impl: str, q: Tensor, block: int) -> str:
                 f"{CELL}, got {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks of {block}: use impl='auto'"
             )
         return impl
-    if not runs_triton(impl, q.is_cuda and has_kernel(q, block)):
+    if not runs_triton(impl, q.is_cuda and has_kernel(q, block, of)):
         return "reference"
-    if not has_kernel(q, block):
+    if not has_kernel(q, block, of):
         raise ValueError(
             f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL}, got "
             f"head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}: use impl='reference'"
@@ -60,8 +61,8 @@ def attention_with_map(
     Args:
         q: [B, H, q_len, D] bf16/fp16/fp32.
         k, v: [B, H_kv, kv_len, D], same dtype, H % H_kv == 0, q_len <= kv_len; q's last row sits at k's last row.
-        block: tokens; multiples of 64 in the Triton kernel.
-        of: "max", the largest probability in a block, or "mass", their sum.
+        block: tokens; multiples of 64 in the kernels, for "row_mass" 64.
+        of: block_mass()'s `reduce`: "max", "mass" or "row_mass".
         scale: logits factor > 0, 1 / sqrt(D) by default.
         impl: "auto" | "hopper" | "triton" | "reference" (resolve_map_impl); a named one never falls back.
 
@@ -74,7 +75,7 @@ def attention_with_map(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    impl = resolve_map_impl(impl, q, block)
+    impl = resolve_map_impl(impl, q, block, of)
     if impl == "reference":
         return attention_with_map_reference(q, k, v, block, of, scale)
     return _forward(q, k, v, block, of, scale, impl == "hopper")
@@ -84,8 +85,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block: int, of: str) -> None:
     shapes = check_tensors(q, k, v)
     if not 0 < q.shape[2] <= k.shape[2]:
         raise ValueError(f"need 0 < q_len <= kv_len, got {shapes}")
-    if block < 1 or of not in ("max", "mass"):
-        raise ValueError(f"block must be positive and of 'max' or 'mass', got {block} and {of!r}")
+    if block < 1 or of not in REDUCTIONS:
+        raise ValueError(f"block must be positive and of one of {', '.join(REDUCTIONS)}, got {block} and {of!r}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("the map's attention has no backward: run it under torch.no_grad()")
 
@@ -104,10 +105,10 @@ def attention_with_map_reference(
 @triton.jit
 def _attend_tile(
     b_q, b_acc, b_m, b_l, b_k, b_v, o_key, o_row, kv_len, scale_log2,
-    MASS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    OF: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys o_key [BN]; also, of every row, the binary log of the largest (or with
-    MASS the sum) of the tile's exponentials."""
+    """One step of the online softmax over the keys o_key [BN]; also, of every row, the binary log of the largest of the tile's
+    exponentials (OF "max") or of their sum."""
     # [BM, BN]
     b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
     if MASKED:
@@ -122,7 +123,7 @@ def _attend_tile(
     b_sum = tl.sum(b_p, 1)
     b_l = b_l * b_alpha + b_sum
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
-    b_seen = b_base + tl.log2(b_sum) if MASS else b_top * scale_log2
+    b_seen = b_top * scale_log2 if OF == "max" else b_base + tl.log2(b_sum)
     return b_acc, b_m_new, b_l, b_seen
 
 
@@ -130,7 +131,7 @@ def _attend_tile(
 def attention_with_map_fwd_kernel(
     q_box, k_box, v_box, o_box, lse, cells, slots, counter,
     heads, group, q_len, kv_len, width, total, slot_tiles, together, scale_log2,
-    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CELL: tl.constexpr, MASS: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CELL: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program takes tiles of BM query rows, the long ones of a group of heads first, until none is left.
 
@@ -167,14 +168,14 @@ def attention_with_map_fwd_kernel(
             b_k = k_box.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
             b_v = v_box.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
             b_acc, b_m, b_l, b_seen = _attend_tile(
-                b_q, b_acc, b_m, b_l, b_k, b_v, t * BN + o_n, o_row, kv_len, scale_log2, MASS, True, PRECISION
+                b_q, b_acc, b_m, b_l, b_k, b_v, t * BN + o_n, o_row, kv_len, scale_log2, OF, True, PRECISION
             )
             tl.store(slots + t * BM + o_bm, b_seen, mask=o_bm < (slot_tiles - t) * BM)
         for t in range(0, whole):
             b_k = k_box.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
             b_v = v_box.load([i_b, i_kv, t * BN, 0]).reshape(BN, BD)
             b_acc, b_m, b_l, b_seen = _attend_tile(
-                b_q, b_acc, b_m, b_l, b_k, b_v, t * BN + o_n, o_row, kv_len, scale_log2, MASS, False, PRECISION
+                b_q, b_acc, b_m, b_l, b_k, b_v, t * BN + o_n, o_row, kv_len, scale_log2, OF, False, PRECISION
             )
             tl.store(slots + t * BM + o_bm, b_seen, mask=o_bm < (slot_tiles - t) * BM)
         o_box.store([i_b, i_h, i_tile * BM, 0], (b_acc / b_l[:, None]).to(b_q.dtype).reshape(1, 1, BM, BD))
@@ -191,7 +192,12 @@ def attention_with_map_fwd_kernel(
             # [BC * SPLIT, BM]
             b_seen = tl.load(slots + o_t[:, None] * BM + o_bm[None, :], mask=(o_t < remembered)[:, None], other=float("-inf"))
             b_p = tl.exp2(b_seen - b_lse[None, :]).reshape(BC, SPLIT, BM // CELL, CELL)
-            b_cell = tl.sum(tl.sum(b_p, 3), 1) if MASS else tl.max(tl.max(b_p, 3), 1)
+            if OF == "mass":
+                b_cell = tl.sum(tl.sum(b_p, 3), 1)
+            elif OF == "row_mass":
+                b_cell = tl.max(tl.sum(b_p, 1), 2)
+            else:
+                b_cell = tl.max(tl.max(b_p, 3), 1)
             m_cell = (o_c < tl.cdiv(remembered, SPLIT))[:, None] & (o_r < rows)[None, :]
             tl.store(p_row[None, :] + o_c[:, None], b_cell, mask=m_cell)
         tl.debug_barrier()  # the next tile writes into the slot
@@ -201,7 +207,7 @@ def attention_with_map_fwd_kernel(
 @triton.jit(do_not_specialize=["q_len", "kv_len", "width", "first"])
 def map_of_lse_fwd_kernel(
     q_box, k_box, lse, cells, heads, group, q_len, kv_len, width, first, scale_log2,
-    BD: tl.constexpr, CELL: tl.constexpr, MASS: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, CELL: tl.constexpr, OF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the map, from column `first` on, by multiplying q and k again."""
     i_row = tl.num_programs(0) - 1 - tl.program_id(0)  # long rows first
@@ -220,10 +226,11 @@ def map_of_lse_fwd_kernel(
         b_k = k_box.load([i_b, i_h // group, c * CELL, 0]).reshape(CELL, BD)
         b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
         b_s = tl.where((o_key < kv_len)[None, :] & (o_key[None, :] <= o_row[:, None]), b_s, float("-inf"))
-        if MASS:
-            b_cell = tl.sum(tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1), 0)
-        else:
+        if OF == "max":
             b_cell = tl.max(tl.exp2(tl.max(b_s, 1) * scale_log2 - b_lse), 0)
+        else:
+            b_rows = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 1)
+            b_cell = tl.sum(b_rows, 0) if OF == "mass" else tl.max(b_rows, 0)
         tl.store(cells + c, b_cell)
 
 
@@ -245,15 +252,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, block: int, of: str, scale: float,
     cells = torch.zeros(shape, dtype=torch.float32, device=q.device)
     slots = torch.empty(programs, SLOT_TILES, rows, dtype=torch.float32, device=q.device)
     if hopper:
-        hopper_launch(q, k, v, out, lse, cells, slots, scale, of == "mass")
+        hopper_launch(q, k, v, out, lse, cells, slots, scale, of)
     else:
-        _triton_launch(q, k, v, out, lse, cells, slots, scale, of == "mass", options)
+        _triton_launch(q, k, v, out, lse, cells, slots, scale, of, options)
     remembered = SLOT_TILES * keys // CELL
     if shape[3] > remembered:
         exact = q.dtype == torch.float32
         map_of_lse_fwd_kernel[(shape[2], batch * heads)](
             _box(q, CELL), _box(k, CELL), lse, cells, heads, heads // k.shape[1], q_len, k.shape[2], shape[3], remembered,
-            scale * LOG2E, BD=power_of_2(q.shape[3]), CELL=CELL, MASS=of == "mass",
+            scale * LOG2E, BD=power_of_2(q.shape[3]), CELL=CELL, OF=of,
             PRECISION="ieee" if exact else "tf32", num_warps=8 if exact else 4, num_stages=1 if exact else 2,
         )  # fmt: skip
     cells = _pool(cells, block // CELL, of)
@@ -261,7 +268,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, block: int, of: str, scale: float,
 
 
 def _triton_launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cells: Tensor, slots: Tensor, scale: float, mass: bool,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cells: Tensor, slots: Tensor, scale: float, of: str,
     options: dict,
 ) -> None:  # fmt: skip
     """Fills out, lse and the map of the first slots.shape[1] key tiles; slots: fp32 [programs, key tiles, BM] of scratch."""
@@ -271,7 +278,7 @@ def _triton_launch(
     attention_with_map_fwd_kernel[(slots.shape[0],)](
         _box(q, BM), _box(k, BN), _box(v, BN), _box(out, BM), lse, cells, slots, counter, heads, heads // k.shape[1], q_len,
         k.shape[2], cells.shape[3], batch * heads * triton.cdiv(q_len, BM), slots.shape[1], together, scale * LOG2E,
-        BD=power_of_2(dim), CELL=CELL, MASS=mass, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BD=power_of_2(dim), CELL=CELL, OF=of, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **options,
     )  # fmt: skip
 

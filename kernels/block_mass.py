@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+REDUCTIONS = ("mass", "max", "row_mass")
 SCRATCH_ELEMENTS = {"cuda": 1 << 26, "cpu": 1 << 21}  # logits alive at a time: fills a GPU, stays near a CPU's cache
 
 
@@ -53,18 +54,19 @@ def block_mass(q: Tensor, k: Tensor, scale: float, q_block: int, kv_block: int, 
         scale: logits factor.
         q_block, kv_block: tokens.
         reduce: "mass" sums the softmax probability over the block, so a row of blocks sums to its number of queries; "max"
-            takes the largest (the teacher of SeerAttention's distillation, arXiv 2410.13276 section 3.2).
+            takes the largest (the teacher of SeerAttention's distillation, arXiv 2410.13276 section 3.2); "row_mass" sums over
+            the keys and takes the largest row: what the query that needs the block most would lose without it.
 
     Returns: fp32 [B, H, NQ, NK]; blocks after the causal end hold 0.
     Raises: ValueError for another `reduce`.
     """
-    if reduce not in ("mass", "max"):
-        raise ValueError(f"reduce is 'mass' or 'max', got {reduce!r}")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce is one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     shape = (*q.shape[:2], -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
     out = torch.zeros(shape, dtype=torch.float32, device=q.device)
     for heads, start, p in attention_map(q, k, scale, q_block, kv_block):
         per_key_block = p.unflatten(-1, (-1, kv_block))
-        per_key_block = per_key_block.sum(-1) if reduce == "mass" else per_key_block.amax(-1)
+        per_key_block = per_key_block.amax(-1) if reduce == "max" else per_key_block.sum(-1)
         per_key_block = F.pad(per_key_block, (0, 0, 0, -p.shape[2] % q_block))
         blocks = per_key_block.unflatten(2, (-1, q_block))
         blocks = blocks.sum(3) if reduce == "mass" else blocks.amax(3)

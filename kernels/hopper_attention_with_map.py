@@ -83,7 +83,7 @@ def _produce(q_box, k_box, v_box, ring, plan):
 
 @gluon.jit
 def _softmax_step(
-    b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS: gl.constexpr, MASKED: gl.constexpr
+    b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, OF: gl.constexpr, MASKED: gl.constexpr
 ):
     """One step of the online softmax; of every row and cell the binary log of its largest exponential (or of their sum)
     goes to slots. Returns probabilities, the factor of the old sums, the new maximum, the new sum."""
@@ -102,7 +102,7 @@ def _softmax_step(
     L: gl.constexpr = b_top.type.layout
     # [64, CELLS, 4]: what each of the four threads of a row adds up
     b_sums = gl.sum(gl.sum(b_p.reshape([ROWS, CELLS, KEYS // 8, 4, 2]), 4), 2)
-    if MASS:
+    if OF != "max":
         b_seen = gl.convert_layout(gl.log2(gl.sum(b_sums, 2)), L)
         b_seen += gl.convert_layout(b_base, gl.SliceLayout(1, L))[:, None]
     else:
@@ -124,21 +124,21 @@ def _operand(b_p, b_acc, v_smem):
 @gluon.jit
 def _step(
     i, token, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles, scale_log2,
-    MASS: gl.constexpr, MASKED: gl.constexpr,
+    OF: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """q k^T of this step and p v of the last one run while the softmax of this one is computed. b_p goes from step to step in
     fp32: two loops in a row would unpack and pack 16-bit numbers in every step."""
     _q_smem, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = ring
     b_s, b_acc = _begin_step(b_q, _operand(b_p, b_acc, v_smem), b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
     b_p, b_alpha, b_m, b_l = _softmax_step(
-        b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, MASKED
+        b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, OF, MASKED
     )  # fmt: skip
     _, b_acc = _end_step(b_p, b_alpha, b_acc, v_smem, v_full, v_empty, i)
     return b_p, b_m, b_l, b_acc
 
 
 @gluon.jit
-def _store_map(b_m, b_l, slots, p_row, row0, q_len, remembered, scale_log2, MASS: gl.constexpr):
+def _store_map(b_m, b_l, slots, p_row, row0, q_len, remembered, scale_log2, OF: gl.constexpr):
     """One row of cells, from what the row's steps have left in slots."""
     E: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     o_r = gl.arange(0, ROWS, gl.SliceLayout(0, E))
@@ -151,13 +151,13 @@ def _store_map(b_m, b_l, slots, p_row, row0, q_len, remembered, scale_log2, MASS
         # [PART, 64]
         b_seen = gl.load(slots + o_c[:, None] * (TEAM * ROWS) + o_r[None, :], mask=held, other=float("-inf"))
         b_p = gl.exp2(b_seen - b_lse[None, :])
-        gl.store(p_row + o_c, gl.sum(b_p, 1) if MASS else gl.max(b_p, 1), mask=(o_c < remembered) & (row0 < q_len))
+        gl.store(p_row + o_c, gl.sum(b_p, 1) if OF == "mass" else gl.max(b_p, 1), mask=(o_c < remembered) & (row0 < q_len))
     _barrier()  # the next unit writes into slots
 
 
 @gluon.jit
 def _consume(
-    o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, W: gl.constexpr, MASS: gl.constexpr,
+    o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, W: gl.constexpr, OF: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = ring
     units, _tiles, _together, heads, _group, q_len, kv_len = plan
@@ -182,20 +182,20 @@ def _consume(
         b_s = warpgroup_mma_wait(0, deps=[_score(b_q, k_smem, k_full, i, zeros)])
         mbarrier.arrive(k_empty.index(i % SK), count=1)
         b_p, _b_alpha, b_m, b_l = _softmax_step(
-            b_s, b_m, b_l, (steps - 1) * BN, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, MASS, True
+            b_s, b_m, b_l, (steps - 1) * BN, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, OF, True
         )  # fmt: skip
         mbarrier.wait(v_full.index(i % SV), i // SV & 1)
         i += 1
         for t in range(1, masked):
             b_p, b_m, b_l, b_acc = _step(
                 i, (steps - 1 - t) * BN, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles,
-                scale_log2, MASS, True,
+                scale_log2, OF, True,
             )  # fmt: skip
             i += 1
         for t in range(masked, steps):
             b_p, b_m, b_l, b_acc = _step(
                 i, (steps - 1 - t) * BN, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles,
-                scale_log2, MASS, False,
+                scale_log2, OF, False,
             )  # fmt: skip
             i += 1
         b_acc = warpgroup_mma(_operand(b_p, b_acc, v_smem), v_smem.index((i - 1) % SV), b_acc, is_async=True)
@@ -208,14 +208,14 @@ def _consume(
         mbarrier.arrive(q_empty.index(W), count=1)
         p_row = cells + (i_bh.to(gl.int64) * gl.cdiv(q_len, ROWS) + row0 // ROWS) * width
         end = gl.cdiv(gl.minimum(first_row + (W + 1) * ROWS, kv_len), KEYS)
-        _store_map(b_m, b_l, slots, p_row, row0, q_len, gl.minimum(end, slot_tiles), scale_log2, MASS)
+        _store_map(b_m, b_l, slots, p_row, row0, q_len, gl.minimum(end, slot_tiles), scale_log2, OF)
 
 
 @gluon.jit(do_not_specialize=["units", "tiles", "q_len", "kv_len", "width", "slot_tiles"])
 def hopper_attention_with_map_kernel(
     q_box, k_box, v_box, o_box, lse, cells, slots,
     units, tiles, together, heads, group, q_len, kv_len, width, slot_tiles, scale_log2,
-    D: gl.constexpr, BN: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, MASS: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, OF: gl.constexpr,
 ):  # fmt: skip
     """As attention_with_map_fwd_kernel; keys are walked from the last to the first, so that the masked ones come first."""
     dtype: gl.constexpr = q_box.dtype
@@ -230,14 +230,14 @@ def hopper_attention_with_map_kernel(
     ring = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     plan = (units, tiles, together, heads, group, q_len, kv_len)
     gl.warp_specialize([
-        (_consume, (o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, 0, MASS)),
-        (_consume, (o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, 1, MASS)),
+        (_consume, (o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, 0, OF)),
+        (_consume, (o_box, lse, cells, slots, ring, plan, width, slot_tiles, scale_log2, 1, OF)),
         (_produce, (q_box, k_box, v_box, ring, plan)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cells: Tensor, slots: Tensor, scale: float, mass: bool
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cells: Tensor, slots: Tensor, scale: float, of: str
 ) -> None:
     """Fills out, lse and the cells of the first slots.shape[1] key tiles; slots: fp32 [programs, key tiles, 128] of scratch."""
     batch, heads, q_len, dim = q.shape
@@ -247,5 +247,5 @@ def launch(
     hopper_attention_with_map_kernel[(slots.shape[0],)](
         _box(q, 64, dim), _box(k, keys, dim), _box(v, keys, dim), _box(out, 64, dim), lse, cells, slots,
         tiles * batch * heads, tiles, together, heads, heads // k.shape[1], q_len, k.shape[2], cells.shape[3], slots.shape[1],
-        scale * LOG2E, D=dim, MASS=mass, **OPTIONS,
+        scale * LOG2E, D=dim, OF=of, **OPTIONS,
     )  # fmt: skip

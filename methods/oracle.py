@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..kernels import BlockMask
-from ..kernels.block_mass import block_mass
+from ..kernels.block_mass import REDUCTIONS, block_mass
 from ..kernels.selection import block_pairs, keep_top, seen_first
 from .base import LayerContext, Method, check_fields, register
 
@@ -15,7 +15,8 @@ from .base import LayerContext, Method, check_fields, register
 @register
 @dataclass(frozen=True)
 class Oracle(Method):
-    """The top blocks of every row by exact softmax mass, or by the largest probability in the block.
+    """The top blocks of every row by exact softmax mass, by the largest probability in the block, or by the largest mass that
+    one of its queries has in it (row_mass).
 
     How many a row gets: one at least, and as many as keep the most mass (or probability) of the whole head for its pairs, so
     that no other selection of whole blocks with as many pairs a head has a higher recall, up to one block, unless one block a
@@ -35,7 +36,7 @@ class Oracle(Method):
     knob_range = (0.0, 1.0)
 
     density: float = 0.1  # share of the causally visible pairs, per head
-    by: str = "mass"  # "mass" or "max"
+    by: str = "mass"  # or "max", "row_mass"
     block: int = 64  # tokens
     threshold: float | None = None  # mass per visible pair, instead of density
 
@@ -43,11 +44,11 @@ class Oracle(Method):
         check_fields(self, density=(0.0, 1.0), block=(1, 1 << 20), threshold=(0.0, 1.0))
         if self.threshold is not None:
             if self.by != "mass":
-                raise ValueError("oracle:threshold is on mass, by=max has none")
+                raise ValueError(f"oracle:threshold is on mass, by={self.by} has none")
             for name, value in (("knob", "threshold"), ("knob_range", (1.0, 1e-9)), ("knob_log", True)):
                 object.__setattr__(self, name, value)
-        if self.by not in ("mass", "max"):
-            raise ValueError(f"oracle:by={self.by} is neither mass nor max")
+        if self.by not in REDUCTIONS:
+            raise ValueError(f"oracle:by={self.by} is none of {', '.join(REDUCTIONS)}")
 
     def select(self, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
         scores = block_mass(q, k, ctx.scale, self.block, self.block, self.by)

@@ -5,6 +5,7 @@ import torch
 
 from sparsebench.kernels import attention_with_map as module
 from sparsebench.kernels.attention_with_map import attention_with_map
+from sparsebench.kernels.block_mass import REDUCTIONS
 
 HOPPER = pytest.param("hopper", marks=pytest.mark.gpu)
 IMPLS = ("reference", "triton", HOPPER)
@@ -18,6 +19,9 @@ def tensors(device, batch=1, heads=2, kv_heads=1, q_len=150, kv_len=150, dim=64,
     return (q * sharp).to(dtype), k.to(dtype), v.to(dtype)
 
 
+REDUCED = {"max": lambda x: x.amax((-1, -2)), "mass": lambda x: x.sum((-1, -2)), "row_mass": lambda x: x.sum(-1).amax(-1)}
+
+
 def definition(q, k, v, block, of, scale):
     """(out, lse, map), every step in the dtype of q."""
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
@@ -28,7 +32,7 @@ def definition(q, k, v, block, of, scale):
     rows = []
     for rows_of in p.split(block, dim=2):
         parts = rows_of.split(block, dim=3)
-        rows.append(torch.stack([x.amax((-1, -2)) if of == "max" else x.sum((-1, -2)) for x in parts], dim=-1))
+        rows.append(torch.stack([REDUCED[of](x) for x in parts], dim=-1))
     blocks = torch.stack(rows, dim=2)
     return p @ v, logits.logsumexp(-1), blocks / blocks.sum(-1, keepdim=True)
 
@@ -77,11 +81,17 @@ def test_shapes(shape, dtype, impl, device, within_budget):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("of", ["max", "mass"])
+@pytest.mark.parametrize("of", REDUCTIONS)
 @pytest.mark.parametrize("sharp", [0.0, 8.0], ids=["uniform", "one key wins"])
 def test_flat_and_sharp_rows(sharp, of, impl, device, within_budget):
     check(within_budget, impl, *tensors(device, q_len=200, kv_len=230, sharp=sharp), of=of)
-    check(within_budget, impl, *tensors(device, q_len=200, kv_len=230, sharp=sharp, dtype=torch.float16), 128, of)
+    check(
+        within_budget,
+        impl,
+        *tensors(device, q_len=200, kv_len=230, sharp=sharp, dtype=torch.float16),
+        64 if of == "row_mass" else 128,
+        of,
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -93,7 +103,7 @@ def test_scale_and_strides(impl, device, within_budget):
 
 
 @pytest.mark.parametrize("impl", ["triton", HOPPER])
-@pytest.mark.parametrize("of", ["max", "mass"])
+@pytest.mark.parametrize("of", REDUCTIONS)
 @pytest.mark.parametrize("remembered", [1, 3])
 def test_rows_longer_than_the_memory_of_a_program(remembered, of, impl, device, within_budget, monkeypatch):
     q, k, v = tensors(device, q_len=300, kv_len=333, dtype=torch.float16)
@@ -167,7 +177,7 @@ def test_refuses(device):
         ((q, k[:, :, :100], v[:, :, :100]), "q_len <= kv_len"),
         ((q, k.half(), v), "share a dtype"),
         ((q, k, v, 0), "block must be positive"),
-        ((q, k, v, 64, "mean"), "'max' or 'mass', got 64 and 'mean'"),
+        ((q, k, v, 64, "mean"), "one of mass, max, row_mass, got 64 and 'mean'"),
     ]:
         with pytest.raises(ValueError, match=message):
             attention_with_map(*arguments)

@@ -42,6 +42,8 @@ def test_block_mass_of_odd_shapes(monkeypatch, q_len, kv_len, q_block, kv_block,
     p = blocks_of(attention_probabilities(q, k, 0.3), q_block, kv_block)
     assert torch.allclose(block_mass(q, k, 0.3, q_block, kv_block).double(), p.sum((-1, -3)), atol=1e-4)
     assert torch.allclose(block_mass(q, k, 0.3, q_block, kv_block, "max").double(), p.amax((-1, -3)), atol=1e-5)
+    rows = block_mass(q, k, 0.3, q_block, kv_block, "row_mass").double()
+    assert torch.allclose(rows, p.sum(-1).amax(-2), atol=1e-5)
 
 
 def test_block_mass_refuses_an_unknown_reduction():
@@ -97,11 +99,12 @@ def test_keep_top_refuses_another_shape():
         keep_top(torch.randn(1, 1, 3, 4), 256, 256, 64, 64, 0.5)
 
 
-@pytest.mark.parametrize("by", ["mass", "max"])
+@pytest.mark.parametrize("by", ["mass", "max", "row_mass"])
 def test_oracle_keeps_the_top_blocks(by):
     q, k = torch.randn(1, 4, 500, 64), torch.randn(1, 2, 500, 64)
     score = blocks_of(attention_probabilities(q, k, 64**-0.5), 64, 64)
-    score = score.sum((-1, -3)) if by == "mass" else score.amax((-1, -3))
+    keys = score.amax(-1) if by == "max" else score.sum(-1)
+    score = keys.sum(-2) if by == "mass" else keys.amax(-2)
     kept = sparsebench.select(METHODS["oracle"](0.4, by), q, k).dense()
     visible = torch.ones(8, 8, dtype=torch.bool).tril()
     worst_kept = score.masked_fill(~kept, float("inf")).amin(-1)
