@@ -129,7 +129,7 @@ def save(
     record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1] if history else None}
     if module.sparse is not None:
         of_gates = {**record, "ctx_len": recipe["ctx"], "loss": TEACHER}
-        save_gates(out / "gate", list(module.sparse.gates), replace(spec, name=out.resolve().name), of_gates)
+        save_gates(out / "gate", module.sparse.gates, replace(spec, name=out.resolve().name), of_gates)
         record["method"] = f"seer:gate={out / 'gate'},budget={recipe['width']},diagonal=True,last_dense=0"
     training.write_history(out / "loss.csv", history)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsebench.kernels.selection import block_pairs
 from sparsebench.methods.base import METHODS, ModelSpec
-from sparsebench.methods.seer import AttnGate, Seer, extend, extended_model, save_gates
+from sparsebench.methods.seer import AttnGate, Seer, extend, extended_model, gated_model, save_gates
 from sparsebench.methods.seer.extended_model import Extension, recompute_layers, stretch, token_loss, width_of
 from sparsebench.methods.seer.ground_truth import block_map, gate_loss
 from sparsebench.models import attach, zoo
@@ -82,15 +82,17 @@ def test_sparse_attention_is_another_model_at_the_asked_density():
 def test_gradient_checkpointing_changes_no_gradient(density, monkeypatch):
     calls = {"gate_loss": 0, "choose_blocks": 0, "block_sparse_attention": 0}
 
-    def counted(name, real):
+    def counted(module, name):
+        real = getattr(module, name)
+
         def call(*args, **kwargs):
             calls[name] += 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(extended_model, name, call)
+        monkeypatch.setattr(module, name, call)
 
     for name in calls:
-        counted(name, getattr(extended_model, name))
+        counted(gated_model if name == "gate_loss" else extended_model, name)
     plain, expected = gradients(density)
     calls |= dict.fromkeys(calls, 0)
     parts, found = gradients(density, checkpointing=True)
