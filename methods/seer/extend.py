@@ -12,7 +12,6 @@ One GPU, or several by torchrun or accelerate launch (DDP).
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from contextlib import nullcontext
@@ -24,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ..base import ModelSpec
-from ..spec import parse_tokens
-from . import training
+from . import command, training
 from .extended_model import ROPES, TEACHER, Extension, recompute_layers, stretch, width_of
 from .gate import AttnGate
 from .method import TRAIN
@@ -35,7 +33,7 @@ CLIP = 1.0  # largest norm of a step's gradient
 DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 3e-4, "gate_weight": 0.1, "warmup": 20, "seed": 0}
 
 
-class Trainer(training.Trainer):
+class ExtendTrainer(training.Trainer):
     """Records the parts of the loss and the density; the gates have a learning rate of their own."""
 
     less_memory = "--ctx, or turn on --gradient-checkpointing"
@@ -61,13 +59,12 @@ class Trainer(training.Trainer):
         return self.optimizer
 
 
-def initial_gates(path: str | None, spec: ModelSpec, device: torch.device) -> list[AttnGate]:
+def initial_gates(path: str | None, spec: ModelSpec) -> list[AttnGate]:
     """The gates at `path`, or those shipped for the model, to be trained. Raises: ValueError when there are none that fit."""
     folder = shipped_gate(spec.name) if path is None else Path(path)
     if path is None and not folder.is_dir():
         raise ValueError(f"no trained gate ships for {spec.name}: give one with --gate PATH, or train one: {TRAIN}")
-    found = load_gates(folder, spec)
-    return [copy.deepcopy(found.at(layer, device)).requires_grad_(True) for layer in range(spec.layers)]
+    return load_gates(folder, spec).trainable()
 
 
 def extend(args: argparse.Namespace) -> None:
@@ -77,12 +74,10 @@ def extend(args: argparse.Namespace) -> None:
     """
     from ...models import zoo
     from ...models.attach import attach
-    from ...suites.corpora import read_documents
     from ...suites.perplexity import SCALED_LOGITS
 
-    checkpoints = args.out.with_name(args.out.name + ".training")
     options = training.arguments(
-        checkpoints, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
+        args.checkpoints, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
         save_steps=args.save_every, max_grad_norm=CLIP, bf16=args.dtype == "bfloat16", cpu=args.device == "cpu",
     )  # fmt: skip
     loaded = zoo.load(args.model, device=options.device)
@@ -92,22 +87,21 @@ def extend(args: argparse.Namespace) -> None:
     stretch(model, args.rope, args.factor, args.ctx)
     gates: list[AttnGate] = []
     if args.density is not None:
-        gates = initial_gates(args.gate, spec, options.device)
+        gates = [gate.to(options.device) for gate in initial_gates(args.gate, spec)]
     width = width_of(args.density, args.ctx, gates[0].block) if gates else 0
-    texts = [document.text for source in args.data.split(",") for document in read_documents(source, "train")]
-    sequences = training.pack(texts, loaded.tokenizer, args.ctx)
+    sequences, names = command.packed(args.data, loaded.tokenizer, args.ctx, args.steps * args.batch)
     if args.gradient_checkpointing:
         recompute_layers(model)
     module = Extension(model, gates, width, args.gate_weight)
-    trainer = Trainer(module, options, sequences, args.gate_lr)
+    trainer = ExtendTrainer(module, options, sequences, args.gate_lr)
     recipe = {name: getattr(args, name) for name in (*DEFAULTS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
-    recipe |= {"data": ",".join(source.rsplit("/", 1)[-1] for source in args.data.split(",")), "width": width}
+    recipe |= {"data": names, "width": width}
     failure = None
     with attach(model, module.sparse) if module.sparse is not None else nullcontext():
         try:
-            training.run(trainer, checkpoints, recipe)
+            training.run(trainer, recipe)
         except training.LossNotFiniteError as error:
-            failure = error
+            failure = training.LossNotFiniteError(f"{error}; the model before it is in {args.out}")
     if trainer.is_world_process_zero():
         save(args.out, module, loaded.tokenizer, spec, recipe, trainer.history)
     if failure is not None:
@@ -136,15 +130,10 @@ def save(
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sparsebench.methods.seer.extend", description=__doc__.splitlines()[0])
+    parser = command.new_parser("extend", __doc__, "32k")
     add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
-    add("--data", required=True, help="corpora, comma-separated, of which the split 'train' is read: file:PATH,...")
-    add("--out", required=True, type=Path, help="folder for the model; checkpoints go to OUT.training, and the "
-        "same command again goes on from the newest")  # fmt: skip
     add("--rope", default="yarn", help=f"how RoPE is stretched: {' or '.join(ROPES)}")
     add("--factor", type=float, default=4.0, help="of the model's length, above 1; default 4")
-    add("--ctx", type=parse_tokens, default=32768, help="tokens per sequence, default 32k")
     add("--density", type=float, help="share of the causal pairs that attention computes; without it, dense attention")
     add("--gate", help="gates to begin with, a folder or file; default: those shipped for the model")
     add("--gate-weight", type=float, help="factor of the gates' loss; AdamW undoes it but for what clips the gradient")
@@ -154,28 +143,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="sequences a step")
     add("--warmup", type=int, help="steps up to the largest learning rate")
     add("--seed", type=int, help="of the order of the data")
-    add("--save-every", type=int, default=100, help="steps from checkpoint to checkpoint, default 100")
     add("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass: less memory, slower")
-    add("--device", default="cuda" if cuda else "cpu", choices=["cuda", "cpu"])
     add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float32"], help="weights stay float32")
     parser.set_defaults(**DEFAULTS)
-    return parser.parse_args(argv)
+    return command.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _arguments(argv)
-    try:
-        extend(args)
-    except torch.OutOfMemoryError as error:  # before the first step; from then on training.run() answers
-        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except training.LossNotFiniteError as error:
-        print(f"error: {error}; the model before it is in {args.out}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.answer(lambda: extend(_arguments(argv)))
 
 
 if __name__ == "__main__":

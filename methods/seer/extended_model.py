@@ -130,8 +130,8 @@ def stretch(model: Any, rope: str, factor: float, ctx_len: int) -> None:
     parameters = getattr(config, "rope_parameters", None) or {}
     if rope not in ROPES:
         raise ValueError(f"unknown --rope {rope!r}: one of {', '.join(ROPES)}")
-    if not factor > 1:
-        raise ValueError(f"--factor must be above 1, got {factor:g}")
+    if not 1 < factor < float("inf"):
+        raise ValueError(f"--factor must be above 1 and finite, got {factor:g}")
     if ctx_len > factor * length:
         raise ValueError(f"--ctx {ctx_len} is beyond {factor:g} x the model's {length} tokens: raise --factor or lower --ctx")
     if rotary is None or parameters.get("rope_type") != "default":

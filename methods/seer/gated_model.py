@@ -31,6 +31,10 @@ class Recipe:
     warmup: int = 20
     seed: int = 0
 
+    def __post_init__(self):
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"--drop must be at least 0 and below 1, got {self.drop:g}")
+
 
 class GateLearner(Method):
     """Base of methods whose layers' gates learn during the model's forward pass; for attach(), never registered.

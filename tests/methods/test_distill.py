@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from sparsebench.methods.base import LayerContext, ModelSpec, plain_rope
 from sparsebench.methods.seer import AttnGate, Seer, distill, gated_model, load_gates, save_gates
-from sparsebench.methods.seer.distill import GateTrainer, Recipe, block_map, gate_loss, new_gates, train
-from sparsebench.methods.seer.ground_truth import recall, resolve_teacher
+from sparsebench.methods.seer.distill import train
+from sparsebench.methods.seer.gated_model import GateTrainer, Recipe, new_gates
+from sparsebench.methods.seer.ground_truth import block_map, gate_loss, recall, resolve_teacher
 from sparsebench.methods.seer.training import LossNotFiniteError, arguments, read_history
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
@@ -340,6 +341,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
     assert "has block=32: leave that option out" in refused(*other, "--init", str(out), "--block", "64")
     assert "no gate weights at" in refused(*other, "--init", str(tmp_path / "nothing"))
     assert "steps 0, batch 1" in refused(*other, "--steps", "0")
+    assert "--drop must be at least 0 and below 1, got 1" in refused(*other, "--drop", "1")
     monkeypatch.setattr(gated_model, "gate_loss", lambda logits, *_: logits.sum() * float("nan"))
     corpus.write_text("\n".join(map(json.dumps, lines)))
     assert distill.main([*command, *kind, *short, *other]) == 1
@@ -349,7 +351,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(zoo, "load", full)
-    assert "tiny does not fit this GPU" in refused(*other)
+    assert "error: the model does not fit this GPU: CUDA" in refused(*other)
 
 
 def test_gates_of_smollm2_fit_ten_megabytes(tmp_path):

@@ -317,7 +317,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_model_before_it(folder, monkey
 
     monkeypatch.setattr(extended_model, "token_loss", breaks)
     assert command(folder, "broken", "--density", 0.3) == 1
-    assert "not finite" in capsys.readouterr().err and len(rows(folder / "broken" / "loss.csv")) == 1
+    assert (
+        "\nerror: the loss of step 1 is not finite" in capsys.readouterr().err
+        and len(rows(folder / "broken" / "loss.csv")) == 1
+    )
     state = zoo.load(str(folder / "broken")).model.state_dict()
     assert all(weight.isfinite().all() for weight in state.values())
 
@@ -337,7 +340,7 @@ def test_out_of_memory_says_what_to_lower(folder, monkeypatch, capsys):
     [
         (("--density", 0), "--density must be above 0 and at most 1, got 0"),
         (("--density", 1.5), "at most 1, got 1.5"),
-        (("--factor", 1), "--factor must be above 1, got 1"),
+        (("--factor", 1), "--factor must be above 1 and finite, got 1"),
         (("--factor", 1.5), "--ctx 256 is beyond 1.5 x the model's 128 tokens"),
         (("--rope", "ntk"), "unknown --rope 'ntk': one of yarn, linear"),
         (("--ctx", 512, "--data", "file:{}/short.jsonl"), "has 3 tokens, one sequence takes 512"),
