@@ -30,7 +30,16 @@ from .method import TRAIN
 from .weights import load_gates, save_gates, shipped_gate
 
 CLIP = 1.0  # largest norm of a step's gradient
-DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 3e-4, "gate_weight": 0.1, "warmup": 20, "seed": 0}
+NUMBERS = {
+    # option: (default, help)
+    "steps": (200, "optimiser steps"),
+    "batch": (1, "sequences a step"),
+    "lr": (5e-5, "largest learning rate of the model"),
+    "gate_lr": (3e-4, "largest learning rate of the gates"),
+    "gate_weight": (0.1, "factor of the gates' loss; AdamW undoes it but for what clips the gradient"),
+    "warmup": (20, "steps up to the largest learning rate"),
+    "seed": (0, "of the order of the data"),
+}
 
 
 class ExtendTrainer(training.Trainer):
@@ -94,7 +103,7 @@ def extend(args: argparse.Namespace) -> None:
         recompute_layers(model)
     module = Extension(model, gates, width, args.gate_weight)
     trainer = ExtendTrainer(module, options, sequences, args.gate_lr)
-    recipe = {name: getattr(args, name) for name in (*DEFAULTS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
+    recipe = {name: getattr(args, name) for name in (*NUMBERS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
     recipe |= {"data": names, "width": width}
     failure = None
     with attach(model, module.sparse) if module.sparse is not None else nullcontext():
@@ -136,16 +145,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--factor", type=float, default=4.0, help="of the model's length, above 1; default 4")
     add("--density", type=float, help="share of the causal pairs that attention computes; without it, dense attention")
     add("--gate", help="gates to begin with, a folder or file; default: those shipped for the model")
-    add("--gate-weight", type=float, help="factor of the gates' loss; AdamW undoes it but for what clips the gradient")
-    add("--gate-lr", type=float, help="largest learning rate of the gates")
-    add("--lr", type=float, help="largest learning rate of the model")
-    add("--steps", type=int, help="optimiser steps")
-    add("--batch", type=int, help="sequences a step")
-    add("--warmup", type=int, help="steps up to the largest learning rate")
-    add("--seed", type=int, help="of the order of the data")
+    for name, (value, text) in NUMBERS.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text}, default {value}")
     add("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass: less memory, slower")
     add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float32"], help="weights stay float32")
-    parser.set_defaults(**DEFAULTS)
     return command.parse(parser, argv)
 
 
