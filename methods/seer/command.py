@@ -33,12 +33,17 @@ def new_parser(program: str, text: str, ctx: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Also sets `checkpoints`, OUT.training.
 
-    Raises: ValueError for a length or device that is none, and for an --out that is a file or holds what no training put there.
+    Raises: ValueError for a length or device that is none, a corpus file that cannot be read, and an --out that is a file or
+        holds what no training put there.
     """
+    from ...suites.corpora import read_documents
+
     args = parser.parse_args(argv)
     args.ctx = parse_tokens(args.ctx)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device")
+    for source in args.data.split(","):
+        read_documents(source, "train")  # reads files, and nothing else yet: their faults show before a model is loaded
     out = args.out
     args.checkpoints = out.with_name(out.name + ".training")
     for path in (args.checkpoints, out, *out.parents):

@@ -56,8 +56,9 @@ class SparseTrainer(GateLearner):
                 teacher = attention_with_map(q, k, v, block, TEACHER, scale=ctx.scale)[2]
             else:
                 teacher = block_map(q, k, TEACHER, block, ctx.scale)
+        projected = self.learn(ctx, teacher, drop=0.0)
         self.masks[ctx.layer] = choose_blocks(
-            *self.learn(ctx, teacher), q.shape[2], k.shape[2], block, block, width=self.width, scale=gate.gate_dim**-0.5,
+            *projected, q.shape[2], k.shape[2], block, block, width=self.width, scale=gate.gate_dim**-0.5,
             diagonal=True,
         )  # fmt: skip
 

@@ -51,7 +51,7 @@ class GateLearner(Method):
         self.losses: list[Tensor] = []
         self.grads: list[list[Tensor]] = []
 
-    def learn(self, ctx: LayerContext, teacher: Tensor, drop: float = 0.0) -> tuple[Tensor, Tensor]:
+    def learn(self, ctx: LayerContext, teacher: Tensor, drop: float) -> tuple[Tensor, Tensor]:
         """Loss and gradient of one layer's gate. Returns: what AttnGate.project() gave, without a graph."""
         gate: Any = self.gates[ctx.layer]
         assert ctx.rope is not None and ctx.layer == len(self.losses)

@@ -61,13 +61,13 @@ def test_loss_is_the_mean_divergence_of_the_late_rows():
             student = logits[0, h, r, : r + 1].log_softmax(-1)
             t = teacher[0, h, r, : r + 1]
             total = total + (t * (t.log() - student)).sum()
-    loss = gate_loss(logits, teacher)
+    loss = gate_loss(logits, teacher, 0.25)
     torch.testing.assert_close(loss, 10 * total / (2 * 6 * 8))
     loss.backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
     assert logits.grad[:, :, :2].eq(0).all() and logits.grad.triu(1).eq(0).all()
     perfect = teacher.log().clamp(min=-1e9)
-    assert gate_loss(perfect, teacher).abs() < 1e-6
+    assert gate_loss(perfect, teacher, 0.25).abs() < 1e-6
 
 
 @pytest.fixture(scope="module")
