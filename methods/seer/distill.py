@@ -30,7 +30,7 @@ from ..base import ModelSpec
 from . import command
 from .gated_model import GatedModel, Recipe, new_gates
 from .ground_truth import resolve_teacher
-from .training import LossNotFiniteError, Trainer, arguments, run, write_history
+from .training import Trainer, arguments, run, write_history
 from .weights import gate_options, load_gates, save_gates
 
 
@@ -81,7 +81,7 @@ def train(
         teacher: resolve_teacher.  init: gates to start from.  data: what config.json calls the training data.
 
     Returns: the history (training.Trainer).
-    Raises: as training.run(); after a loss that is not finite `out` has the gates before it.
+    Raises: as training.run(), and then writes nothing to `out`.
     """
     from ...models.attach import attach
 
@@ -100,19 +100,13 @@ def train(
     }
     if trainer.is_world_process_zero():
         print(f"{len(sequences)} sequences of {sequences.shape[1]} tokens, ground truth by the {teacher} teacher")
-    failure = None
-    try:
-        with attach(base, module.method):
-            run(trainer, {"model": spec.name, **record})
-    except LossNotFiniteError as error:
-        failure = LossNotFiniteError(f"{error}; the gates before it are in {out}")
+    with attach(base, module.method):
+        run(trainer, {"model": spec.name, **record})
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         tokens = len(trainer.history) * trainer.tokens_per_step
         save_gates(out, module.trained_gates(state), spec, {**record, "tokens": tokens})
         write_history(out / "loss.csv", trainer.history)
-    if failure is not None:
-        raise failure
     return trainer.history
 
 

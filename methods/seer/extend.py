@@ -77,10 +77,7 @@ def initial_gates(path: str | None, spec: ModelSpec) -> list[AttnGate]:
 
 
 def extend(args: argparse.Namespace) -> None:
-    """Train as the command line says and save(), also what stood before a loss that is not finite.
-
-    Raises: ValueError for what does not fit together; training.LossNotFiniteError.
-    """
+    """Train as the command line says and save(). Raises: as training.run(); ValueError for what does not fit together."""
     from ...models import zoo
     from ...models.attach import attach
     from ...suites.perplexity import SCALED_LOGITS
@@ -105,17 +102,10 @@ def extend(args: argparse.Namespace) -> None:
     trainer = ExtendTrainer(module, options, sequences, args.gate_lr)
     recipe = {name: getattr(args, name) for name in (*NUMBERS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
     recipe |= {"data": names, "width": width}
-    failure = None
     with attach(model, module.sparse) if module.sparse is not None else nullcontext():
-        try:
-            training.run(trainer, recipe)
-        except training.LossNotFiniteError as error:
-            failure = training.LossNotFiniteError(f"{error}; the model before it is in {args.out}")
+        training.run(trainer, recipe)
     if trainer.is_world_process_zero():
         save(args.out, module, loaded.tokenizer, spec, recipe, trainer.history)
-    if failure is not None:
-        raise failure
-    if trainer.is_world_process_zero():
         first, last = trainer.history[0], trainer.history[-1]
         print(f"token loss {first['token_loss']:.4f} -> {last['token_loss']:.4f}; model in {args.out}")
 
@@ -129,7 +119,7 @@ def save(
     """
     module.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1] if history else None}
+    record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1]}
     if module.sparse is not None:
         of_gates = {**record, "ctx_len": recipe["ctx"], "loss": TEACHER}
         save_gates(out / "gate", module.sparse.gates, replace(spec, name=out.resolve().name), of_gates)

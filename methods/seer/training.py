@@ -29,7 +29,7 @@ RECIPE_FILE = "recipe.json"  # beside the checkpoints: what they were trained wi
 
 
 class LossNotFiniteError(ValueError):
-    """Training stopped before the step whose loss or gradient is NaN or infinite; the model has the weights before it."""
+    """Training stopped at a loss or gradient that is NaN or infinite, before it reached the weights."""
 
 
 class Stream(Dataset):
@@ -109,7 +109,7 @@ class Trainer(transformers.Trainer):
         return part
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called once a step, between the gradients and the update: the last moment to stop with good weights."""
+        """Called once a step, between the gradients and the update."""
         norm = super()._get_grad_norm(model, grad_norm)
         # The only wait for the device in a step. A NaN of one process becomes that of all, so all stop.
         norm_now = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
@@ -122,7 +122,8 @@ class Trainer(transformers.Trainer):
         step = self.state.global_step
         if not (math.isfinite(loss) and math.isfinite(norm_now)):
             raise LossNotFiniteError(
-                f"the loss of step {step} is not finite (loss {loss}, gradient norm {norm_now}): lower --lr"
+                f"the loss of step {step} is not finite (loss {loss}, gradient norm {norm_now}): "
+                f"lower --lr; checkpoints and loss.csv stay in {self.args.output_dir}"
             )
         now = time.perf_counter()
         assert self._since is not None
@@ -145,8 +146,8 @@ def run(trainer: Trainer, recipe: dict[str, Any]) -> None:
 
     recipe: what decides the curve beside the data, JSON values; a folder begun with another one or other data is refused.
     trainer.history then has the rows of the runs before, too.
-    Raises: LossNotFiniteError at a NaN or infinite loss or gradient: the model then has the weights before that step, and
-        checkpoints and loss.csv stay; ValueError for a GPU without memory, saying what to lower, and for another recipe.
+    Raises: LossNotFiniteError, checkpoints and loss.csv stay; ValueError for a GPU without memory, saying what to lower, and
+        for another recipe.
     """
     out = Path(trainer.args.output_dir)
     checkpoint = newest_checkpoint(out)

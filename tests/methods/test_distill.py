@@ -278,7 +278,7 @@ def test_the_trainer_on_a_gpu_agrees_with_the_cpu(of):
         torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_the_checkpoints(tiny, monkeypatch, tmp_path):
     model, tokens = tiny
     calls = []
 
@@ -288,11 +288,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypa
 
     good = learn(model, tokens[:2], tmp_path / "good", replace(RECIPE, steps=3, warmup=3))
     monkeypatch.setattr(gated_model, "gate_loss", breaks)
-    with pytest.raises(LossNotFiniteError, match=r"loss of step 3 is not finite .*gates before it are in .*gate"):
-        learn(model, tokens[:2], tmp_path / "gate", replace(RECIPE, warmup=3))
-    history = read_history(tmp_path / "gate" / "loss.csv")
+    with pytest.raises(LossNotFiniteError, match=r"loss of step 3 is not finite .*: lower --lr; .*stay in .*gate.training"):
+        learn(model, tokens[:2], tmp_path / "gate", replace(RECIPE, warmup=3), save_steps=3)
+    history = read_history(tmp_path / "gate.training" / "loss.csv")
     assert [row["loss"] for row in history] == [row["loss"] for row in good] and len(good) == 3
-    assert load_gates(tmp_path / "gate", SPEC).sha256 == load_gates(tmp_path / "good", SPEC).sha256
+    assert not (tmp_path / "gate").exists()
+    last, expected = (tmp_path / name / "checkpoint-3" for name in ("gate.training", "good.training"))
+    assert load_gates(last, SPEC).sha256 == load_gates(expected, SPEC).sha256
 
 
 class WordTokenizer:
