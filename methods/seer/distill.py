@@ -117,10 +117,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--teacher", default="auto", choices=["auto", "kernel", "torch"], help="who computes the ground truth")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the frozen model")
     parser.add_argument("--log-every", type=int, default=10, help="steps from one measured recall to the next, default 10")
-    for name, value in asdict(Recipe()).items():
-        choices = ["max", "mass"] if name == "loss" else None
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(value), default=argparse.SUPPRESS, choices=choices, help=f"default {value}")
+    for option in fields(Recipe):
+        flag, text = "--" + option.name.replace("_", "-"), f"{option.metadata['help']}; default {option.default}"
+        choices = ["max", "mass"] if option.name == "loss" else None
+        parser.add_argument(flag, type=type(option.default), default=argparse.SUPPRESS, choices=choices, help=text)
     args = command.parse(parser, argv)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     if args.init is not None:

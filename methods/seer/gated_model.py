@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,20 +16,24 @@ from .ground_truth import block_map, gate_loss, recall
 from .method import block_tables
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How gates are trained. The paper: 64k-token sequences, batch 16, 500 steps, on RedPajama, loss max, drop 0.25."""
 
-    gate_type: str = "Qavg_Kmaxminavg"
-    block: int = 64
-    gate_dim: int = 128
-    loss: str = "mass"  # or "max": what of a block's probabilities the gate learns
-    drop: float = 0.0  # part of the rows, the first, left out of the loss: 0 for gates that also serve short contexts
-    steps: int = 500
-    batch: int = 1  # sequences a step
-    lr: float = 1e-3
-    warmup: int = 20
-    seed: int = 0
+    gate_type: str = _option("Qavg_Kmaxminavg", "pools of q and of k, each any of max, min, avg in this order")
+    block: int = _option(64, "tokens of a block of queries and of keys")
+    gate_dim: int = _option(128, "channels in which blocks are compared")
+    loss: str = _option("mass", "what of a block's probabilities the gate learns: their sum, or the largest (the paper's)")
+    drop: float = _option(0.0, "share of the rows, the first, left out of the loss: 0 for gates that also serve short contexts")
+    steps: int = _option(500, "optimiser steps")
+    batch: int = _option(1, "sequences a step")
+    lr: float = _option(1e-3, "largest learning rate")
+    warmup: int = _option(20, "steps up to the largest learning rate")
+    seed: int = _option(0, "of the order of the data and of the first weights")
 
     def __post_init__(self):
         if not 0 <= self.drop < 1:
