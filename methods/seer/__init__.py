@@ -1,4 +1,5 @@
-"""SeerAttention: a learned gate picks the blocks. gate.py is the gate, method.py the selection, distill.py trains a gate."""
+"""SeerAttention: a learned gate picks the blocks. gate.py is the gate, method.py the selection, distill.py trains gates,
+extend.py whole models."""
 
 from .gate import AttnGate
 from .method import Seer

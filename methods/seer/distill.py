@@ -27,14 +27,11 @@ import torch
 from torch import Tensor
 
 from ..base import ModelSpec
-from ..spec import parse_tokens
-from .gate import AttnGate
-from .gated_model import GatedModel, GateTrainer, Recipe, new_gates
-from .ground_truth import block_map, gate_loss, resolve_teacher
-from .training import SHARD, LossNotFiniteError, Trainer, arguments, pack, run, write_history
+from . import command
+from .gated_model import GatedModel, Recipe, new_gates
+from .ground_truth import resolve_teacher
+from .training import Trainer, arguments, run, write_history
 from .weights import gate_options, load_gates, save_gates
-
-__all__ = ["GateTrainer", "GatedModel", "Recipe", "block_map", "gate_loss", "main", "new_gates", "pack", "train"]
 
 
 class DistillTrainer(Trainer):
@@ -45,7 +42,7 @@ class DistillTrainer(Trainer):
     max_recall and max_recall_oracle where the teacher is the block maximum.
     """
 
-    less_memory = f"--ctx, then {SHARD}"  # no activations are kept
+    less_memory = "--ctx, then shard the model over more GPUs (accelerate launch with FSDP)"  # no activations are kept
 
     def __init__(self, module: GatedModel, args, sequences: Tensor, spec: ModelSpec):
         super().__init__(module, args, sequences)
@@ -69,17 +66,8 @@ class DistillTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:  # whose checkpoints Accelerate writes and reads itself
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = load_gates(resume_from_checkpoint, self.spec)
-        for layer, gate in enumerate(self.gated.gates):
-            gate.load_state_dict(saved.at(layer, torch.device("cpu")).state_dict())
-
-
-def start_gates(spec: ModelSpec, recipe: Recipe, init: str | None) -> list[AttnGate]:
-    """New gates, or trainable fp32 copies of those in `init`. Raises: ValueError when those are another model's."""
-    if init is None:
-        return new_gates(spec, recipe)
-    saved = load_gates(init, spec)
-    return [saved.at(layer, torch.device("cpu")).requires_grad_(True) for layer in range(spec.layers)]
+        for gate, saved in zip(self.gated.gates, load_gates(resume_from_checkpoint, self.spec).trainable(), strict=True):
+            gate.load_state_dict(saved.state_dict())
 
 
 def train(
@@ -93,12 +81,13 @@ def train(
         teacher: resolve_teacher.  init: gates to start from.  data: what config.json calls the training data.
 
     Returns: the history (training.Trainer).
-    Raises: as training.run(); after a loss that is not finite `out` has the gates before it.
+    Raises: as training.run(), and then writes nothing to `out`.
     """
     from ...models.attach import attach
 
     base = model.base_model
-    gates = [gate.to(args.device) for gate in start_gates(spec, recipe, init)]
+    gates = new_gates(spec, recipe) if init is None else load_gates(init, spec).trainable()
+    gates = [gate.to(args.device) for gate in gates]
     teacher = resolve_teacher(teacher, args.device, base.dtype, spec.head_dim, gates[0].block)
     module = GatedModel(base, gates, recipe, teacher)
     trainer = DistillTrainer(module, args, sequences, spec)
@@ -111,81 +100,61 @@ def train(
     }
     if trainer.is_world_process_zero():
         print(f"{len(sequences)} sequences of {sequences.shape[1]} tokens, ground truth by the {teacher} teacher")
-    failure = None
-    try:
-        with attach(base, module.method):
-            run(trainer, Path(args.output_dir), {"model": spec.name, "sequences": len(sequences), **record})
-    except LossNotFiniteError as error:
-        failure = LossNotFiniteError(f"{error}; the gates before it are in {out}")
+    with attach(base, module.method):
+        run(trainer, {"model": spec.name, **record})
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         tokens = len(trainer.history) * trainer.tokens_per_step
         save_gates(out, module.trained_gates(state), spec, {**record, "tokens": tokens})
         write_history(out / "loss.csv", trainer.history)
-    if failure is not None:
-        raise failure
     return trainer.history
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
-    """Raises: ValueError where gates to start from are of another kind than the options ask for."""
-    parser = argparse.ArgumentParser(prog="python -m sparsebench.methods.seer.distill", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
-    parser.add_argument("--data", required=True, help="corpora, comma-separated, whose split 'train' is read: file:PATH,...")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the gates; checkpoints go to OUT.training, and the "
-                        "same command again goes on from the newest")  # fmt: skip
-    parser.add_argument("--ctx", type=parse_tokens, default=8192, help="tokens per sequence, e.g. 8k")
+    """Raises: ValueError also where gates to start from are of another kind than the options ask for."""
+    parser = command.new_parser("distill", __doc__, "8k")
     parser.add_argument("--init", help="gates to start from, whose kind, block and gate_dim are kept")
     parser.add_argument("--teacher", default="auto", choices=["auto", "kernel", "torch"], help="who computes the ground truth")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the frozen model")
-    parser.add_argument("--save-every", type=int, default=100, help="steps from checkpoint to checkpoint, default 100")
     parser.add_argument("--log-every", type=int, default=10, help="steps from one measured recall to the next, default 10")
-    for name, value in asdict(Recipe()).items():
-        choices = ["max", "mass"] if name == "loss" else None
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(value), default=argparse.SUPPRESS, choices=choices, help=f"default {value}")
-    args = parser.parse_args(argv)
+    for option in fields(Recipe):
+        flag, text = "--" + option.name.replace("_", "-"), f"{option.metadata['help']}; default {option.default}"
+        choices = ["max", "mass"] if option.name == "loss" else None
+        parser.add_argument(flag, type=type(option.default), default=argparse.SUPPRESS, choices=choices, help=text)
+    args = command.parse(parser, argv)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
-    if args.init is None:
-        return args, Recipe(**given)
-    kind = gate_options(args.init)
-    kept = {name: kind[name] for name in ("gate_type", "block", "gate_dim")}
-    if other := [name for name in kept if given.get(name, kept[name]) != kept[name]]:
-        raise ValueError(f"gate {args.init} has {', '.join(f'{name}={kept[name]}' for name in other)}: leave that option out")
-    return args, Recipe(**given | kept)
+    if args.init is not None:
+        kind = gate_options(args.init)
+        kept = {name: kind[name] for name in ("gate_type", "block", "gate_dim")}
+        if other := [name for name in kept if given.get(name, kept[name]) != kept[name]]:
+            raise ValueError(
+                f"gate {args.init} has {', '.join(f'{name}={kept[name]}' for name in other)}: leave that option out"
+            )
+        given |= kept
+    return args, Recipe(**given)
+
+
+def _distill(argv: list[str] | None) -> None:
+    from ...models import zoo
+
+    args, recipe = _parse(argv)
+    training = arguments(
+        args.checkpoints, steps=recipe.steps, batch=recipe.batch, lr=recipe.lr, warmup=recipe.warmup, seed=recipe.seed,
+        save_steps=args.save_every, log_every=args.log_every, cpu=args.device == "cpu",
+    )  # fmt: skip
+    loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=training.device)
+    if args.ctx > loaded.max_ctx:
+        raise ValueError(f"--ctx {args.ctx} is beyond {args.model}, which has {loaded.max_ctx} positions")
+    sequences, names = command.packed(args.data, loaded.tokenizer, args.ctx, recipe.steps * recipe.batch)
+    history = train(
+        loaded.model, loaded.spec, sequences, recipe, training, args.out, teacher=args.teacher, init=args.init, data=names
+    )
+    if training.process_index == 0:
+        print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} on {len(sequences)} sequences; gates in {args.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    from ...models import zoo
-    from ...suites.corpora import read_documents
-
-    try:
-        args, recipe = _parse(argv)
-        training = arguments(
-            args.out.with_name(args.out.name + ".training"), steps=recipe.steps, batch=recipe.batch, lr=recipe.lr,
-            warmup=recipe.warmup, seed=recipe.seed, save_steps=args.save_every, log_every=args.log_every,
-            cpu=args.device == "cpu",
-        )  # fmt: skip
-        loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=training.device)
-        if args.ctx > loaded.max_ctx:
-            raise ValueError(f"--ctx {args.ctx} is beyond {args.model}, which has {loaded.max_ctx} positions")
-        texts = [document.text for source in args.data.split(",") for document in read_documents(source, "train")]
-        sequences = pack(texts, loaded.tokenizer, args.ctx)
-        sources = ",".join(source.rsplit("/", 1)[-1] for source in args.data.split(","))
-        history = train(
-            loaded.model, loaded.spec, sequences, recipe, training, args.out,
-            teacher=args.teacher, init=args.init, data=sources,
-        )  # fmt: skip
-    except torch.OutOfMemoryError as error:  # before the first step; from then on run() answers
-        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, LossNotFiniteError) else 2
-    if training.process_index == 0:
-        print(f"loss {history[0]['loss']:.4f} -> {history[-1]['loss']:.4f} on {len(sequences)} sequences; gates in {args.out}")
-    return 0
+    return command.answer(lambda: _distill(argv))
 
 
 if __name__ == "__main__":

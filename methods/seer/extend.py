@@ -12,7 +12,6 @@ One GPU, or several by torchrun or accelerate launch (DDP).
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from contextlib import nullcontext
@@ -24,18 +23,26 @@ import torch
 from torch import Tensor
 
 from ..base import ModelSpec
-from ..spec import parse_tokens
-from . import training
+from . import command, training
 from .extended_model import ROPES, TEACHER, Extension, recompute_layers, stretch, width_of
 from .gate import AttnGate
 from .method import TRAIN
 from .weights import load_gates, save_gates, shipped_gate
 
 CLIP = 1.0  # largest norm of a step's gradient
-DEFAULTS = {"steps": 200, "batch": 1, "lr": 5e-5, "gate_lr": 3e-4, "gate_weight": 0.1, "warmup": 20, "seed": 0}
+NUMBERS = {
+    # option: (default, help)
+    "steps": (200, "optimiser steps"),
+    "batch": (1, "sequences a step"),
+    "lr": (5e-5, "largest learning rate of the model"),
+    "gate_lr": (3e-4, "largest learning rate of the gates"),
+    "gate_weight": (0.1, "factor of the gates' loss; AdamW undoes it but for what clips the gradient"),
+    "warmup": (20, "steps up to the largest learning rate"),
+    "seed": (0, "of the order of the data"),
+}
 
 
-class Trainer(training.Trainer):
+class ExtendTrainer(training.Trainer):
     """Records the parts of the loss and the density; the gates have a learning rate of their own."""
 
     less_memory = "--ctx, or turn on --gradient-checkpointing"
@@ -61,28 +68,22 @@ class Trainer(training.Trainer):
         return self.optimizer
 
 
-def initial_gates(path: str | None, spec: ModelSpec, device: torch.device) -> list[AttnGate]:
+def initial_gates(path: str | None, spec: ModelSpec) -> list[AttnGate]:
     """The gates at `path`, or those shipped for the model, to be trained. Raises: ValueError when there are none that fit."""
     folder = shipped_gate(spec.name) if path is None else Path(path)
     if path is None and not folder.is_dir():
         raise ValueError(f"no trained gate ships for {spec.name}: give one with --gate PATH, or train one: {TRAIN}")
-    found = load_gates(folder, spec)
-    return [copy.deepcopy(found.at(layer, device)).requires_grad_(True) for layer in range(spec.layers)]
+    return load_gates(folder, spec).trainable()
 
 
 def extend(args: argparse.Namespace) -> None:
-    """Train as the command line says and save(), also what stood before a loss that is not finite.
-
-    Raises: ValueError for what does not fit together; training.LossNotFiniteError.
-    """
+    """Train as the command line says and save(). Raises: as training.run(); ValueError for what does not fit together."""
     from ...models import zoo
     from ...models.attach import attach
-    from ...suites.corpora import read_documents
     from ...suites.perplexity import SCALED_LOGITS
 
-    checkpoints = args.out.with_name(args.out.name + ".training")
     options = training.arguments(
-        checkpoints, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
+        args.checkpoints, steps=args.steps, batch=args.batch, lr=args.lr, warmup=args.warmup, seed=args.seed,
         save_steps=args.save_every, max_grad_norm=CLIP, bf16=args.dtype == "bfloat16", cpu=args.device == "cpu",
     )  # fmt: skip
     loaded = zoo.load(args.model, device=options.device)
@@ -92,27 +93,19 @@ def extend(args: argparse.Namespace) -> None:
     stretch(model, args.rope, args.factor, args.ctx)
     gates: list[AttnGate] = []
     if args.density is not None:
-        gates = initial_gates(args.gate, spec, options.device)
+        gates = [gate.to(options.device) for gate in initial_gates(args.gate, spec)]
     width = width_of(args.density, args.ctx, gates[0].block) if gates else 0
-    texts = [document.text for source in args.data.split(",") for document in read_documents(source, "train")]
-    sequences = training.pack(texts, loaded.tokenizer, args.ctx)
+    sequences, names = command.packed(args.data, loaded.tokenizer, args.ctx, args.steps * args.batch)
     if args.gradient_checkpointing:
         recompute_layers(model)
     module = Extension(model, gates, width, args.gate_weight)
-    trainer = Trainer(module, options, sequences, args.gate_lr)
-    recipe = {name: getattr(args, name) for name in (*DEFAULTS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
-    recipe |= {"data": ",".join(source.rsplit("/", 1)[-1] for source in args.data.split(",")), "width": width}
-    failure = None
+    trainer = ExtendTrainer(module, options, sequences, args.gate_lr)
+    recipe = {name: getattr(args, name) for name in (*NUMBERS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
+    recipe |= {"data": names, "width": width}
     with attach(model, module.sparse) if module.sparse is not None else nullcontext():
-        try:
-            training.run(trainer, checkpoints, recipe)
-        except training.LossNotFiniteError as error:
-            failure = error
+        training.run(trainer, recipe)
     if trainer.is_world_process_zero():
         save(args.out, module, loaded.tokenizer, spec, recipe, trainer.history)
-    if failure is not None:
-        raise failure
-    if trainer.is_world_process_zero():
         first, last = trainer.history[0], trainer.history[-1]
         print(f"token loss {first['token_loss']:.4f} -> {last['token_loss']:.4f}; model in {args.out}")
 
@@ -126,56 +119,31 @@ def save(
     """
     module.model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1] if history else None}
+    record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1]}
     if module.sparse is not None:
         of_gates = {**record, "ctx_len": recipe["ctx"], "loss": TEACHER}
-        save_gates(out / "gate", list(module.sparse.gates), replace(spec, name=out.resolve().name), of_gates)
+        save_gates(out / "gate", module.sparse.gates, replace(spec, name=out.resolve().name), of_gates)
         record["method"] = f"seer:gate={out / 'gate'},budget={recipe['width']},diagonal=True,last_dense=0"
     training.write_history(out / "loss.csv", history)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m sparsebench.methods.seer.extend", description=__doc__.splitlines()[0])
+    parser = command.new_parser("extend", __doc__, "32k")
     add, cuda = parser.add_argument, torch.cuda.is_available()
-    add("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
-    add("--data", required=True, help="corpora, comma-separated, of which the split 'train' is read: file:PATH,...")
-    add("--out", required=True, type=Path, help="folder for the model; checkpoints go to OUT.training, and the "
-        "same command again goes on from the newest")  # fmt: skip
     add("--rope", default="yarn", help=f"how RoPE is stretched: {' or '.join(ROPES)}")
     add("--factor", type=float, default=4.0, help="of the model's length, above 1; default 4")
-    add("--ctx", type=parse_tokens, default=32768, help="tokens per sequence, default 32k")
     add("--density", type=float, help="share of the causal pairs that attention computes; without it, dense attention")
     add("--gate", help="gates to begin with, a folder or file; default: those shipped for the model")
-    add("--gate-weight", type=float, help="factor of the gates' loss; AdamW undoes it but for what clips the gradient")
-    add("--gate-lr", type=float, help="largest learning rate of the gates")
-    add("--lr", type=float, help="largest learning rate of the model")
-    add("--steps", type=int, help="optimiser steps")
-    add("--batch", type=int, help="sequences a step")
-    add("--warmup", type=int, help="steps up to the largest learning rate")
-    add("--seed", type=int, help="of the order of the data")
-    add("--save-every", type=int, default=100, help="steps from checkpoint to checkpoint, default 100")
+    for name, (value, text) in NUMBERS.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{text}, default {value}")
     add("--gradient-checkpointing", action="store_true", help="layers run again in the backward pass: less memory, slower")
-    add("--device", default="cuda" if cuda else "cpu", choices=["cuda", "cpu"])
     add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float32"], help="weights stay float32")
-    parser.set_defaults(**DEFAULTS)
-    return parser.parse_args(argv)
+    return command.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _arguments(argv)
-    try:
-        extend(args)
-    except torch.OutOfMemoryError as error:  # before the first step; from then on training.run() answers
-        print(f"error: {args.model} does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except training.LossNotFiniteError as error:
-        print(f"error: {error}; the model before it is in {args.out}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.answer(lambda: extend(_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -13,36 +13,31 @@ from torch.utils.checkpoint import checkpoint
 from ...kernels import BlockMask, block_sparse_attention
 from ...kernels.attention_with_map import attention_with_map, has_kernel
 from ...kernels.choose_blocks import choose_blocks
-from ..base import LayerContext, Method
+from ..base import LayerContext
 from .gate import AttnGate
-from .gated_model import _GivenGradients
-from .ground_truth import block_map, gate_loss
-from .method import block_tables
+from .gated_model import GateLearner
+from .ground_truth import block_map
 
 ROPES = ("yarn", "linear")  # types of transformers' rope_parameters that need no more than a factor
 CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB in fp32 for a vocabulary of 49k
 TEACHER = "mass"  # what the shipped gates learnt
 
 
-class SparseTrainer(Method):
-    """Attention over the blocks that each layer's gate chooses, `width` a row and the row's own among them, while the gate
-    learns; for attach(), never registered.
+class SparseTrainer(GateLearner):
+    """Attention over the blocks that each layer's gate chooses, `width` a row and the row's own among them, while it learns.
 
-    Of every forward pass since clear(): masks by layer, losses 0-d, grads one list per layer in the order of gate.parameters().
-    A layer that gradient checkpointing runs again finds its mask, and adds no second loss.
+    masks: by layer, since clear(). A layer that gradient checkpointing runs again finds its mask, and adds no second loss.
     """
 
     name = "seer_extend"
 
     def __init__(self, gates: Sequence[AttnGate], width: int):
-        self.gates, self.width = gates, width
-        self.clear()
+        super().__init__(gates)
+        self.width = width
 
     def clear(self) -> None:
-        """Before every forward pass of the model."""
+        super().clear()
         self.masks: dict[int, BlockMask] = {}
-        self.losses: list[Tensor] = []
-        self.grads: list[list[Tensor]] = []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast RoPE's fp32 tables have promoted them
@@ -55,22 +50,15 @@ class SparseTrainer(Method):
 
     def _choose(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> None:
         gate = self.gates[ctx.layer]
-        q_len, kv_len, block = q.shape[2], k.shape[2], gate.block
-        assert ctx.rope is not None
+        block = gate.block
         with torch.no_grad():
             if q.is_cuda and has_kernel(q, block):
                 teacher = attention_with_map(q, k, v, block, TEACHER, scale=ctx.scale)[2]
             else:
                 teacher = block_map(q, k, TEACHER, block, ctx.scale)
-            tables = block_tables(ctx.rope, gate.rope_dim, q_len, kv_len, block, q.device)
-            q_pre, k_pre = ctx.q_pre, ctx.k_pre
-        with torch.enable_grad():
-            gate_q, gate_k = gate.project(q_pre, k_pre, *tables)
-            loss = gate_loss(gate.logits(gate_q, gate_k), teacher, drop=0.0)
-            self.grads.append(list(torch.autograd.grad(loss, list(gate.parameters()))))
-        self.losses.append(loss.detach())
+        projected = self.learn(ctx, teacher, drop=0.0)
         self.masks[ctx.layer] = choose_blocks(
-            gate_q.detach(), gate_k.detach(), q_len, kv_len, block, block, width=self.width, scale=gate.gate_dim**-0.5,
+            *projected, q.shape[2], k.shape[2], block, block, width=self.width, scale=gate.gate_dim**-0.5,
             diagonal=True,
         )  # fmt: skip
 
@@ -89,7 +77,7 @@ class Extension(nn.Module):
     def __init__(self, model: Any, gates: Sequence[AttnGate] = (), width: int = 0, gate_weight: float = 0.1):
         super().__init__()
         self.model, self.gates, self.gate_weight = model, nn.ModuleList(gates), gate_weight
-        self.sparse = SparseTrainer(list(gates), width) if gates else None
+        self.sparse = SparseTrainer(gates, width) if gates else None
         self.register_state_dict_post_hook(_untie)
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -99,8 +87,7 @@ class Extension(nn.Module):
         tokens = token_loss(self.model.get_output_embeddings(), hidden, input_ids)
         if self.sparse is None:
             return {"loss": tokens, "token_loss": tokens.detach()}
-        grads = [grad for layer in self.sparse.grads for grad in layer]
-        gates = _GivenGradients.apply(torch.stack(self.sparse.losses).mean(), grads, *self.gates.parameters())
+        gates = self.sparse.loss()
         density = torch.stack([mask.density().mean() for mask in self.sparse.masks.values()]).mean()
         found = {"token_loss": tokens.detach(), "gate_loss": gates.detach(), "density": density.float()}
         return {"loss": tokens + self.gate_weight * gates} | found
@@ -144,8 +131,8 @@ def stretch(model: Any, rope: str, factor: float, ctx_len: int) -> None:
     parameters = getattr(config, "rope_parameters", None) or {}
     if rope not in ROPES:
         raise ValueError(f"unknown --rope {rope!r}: one of {', '.join(ROPES)}")
-    if not factor > 1:
-        raise ValueError(f"--factor must be above 1, got {factor:g}")
+    if not 1 < factor < float("inf"):
+        raise ValueError(f"--factor must be above 1 and finite, got {factor:g}")
     if ctx_len > factor * length:
         raise ValueError(f"--ctx {ctx_len} is beyond {factor:g} x the model's {length} tokens: raise --factor or lower --ctx")
     if rotary is None or parameters.get("rope_type") != "default":

@@ -56,7 +56,10 @@ class AttnGate(nn.Module):
         super().__init__()
         self.q_pools, self.k_pools = parse_gate_type(gate_type)
         if min(block, head_dim, gate_dim, heads, kv_heads) < 1 or heads % kv_heads:
-            raise ValueError(f"AttnGate sizes must be positive, heads a multiple of kv_heads; got {heads} and {kv_heads}")
+            raise ValueError(
+                "a gate's sizes must be positive and heads a multiple of kv_heads, got "
+                f"{block=}, {head_dim=}, {gate_dim=}, {heads=}, {kv_heads=}"
+            )
         self.gate_type, self.block, self.force_double = gate_type, block, force_double
         self.head_dim, self.gate_dim, self.heads, self.kv_heads = head_dim, gate_dim, heads, kv_heads
         self.gate_rope_dim = gate_rope_dim

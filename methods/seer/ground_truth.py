@@ -29,17 +29,19 @@ def resolve_teacher(teacher: str, device: torch.device, dtype: torch.dtype, head
     Raises: ValueError for another name, or where the kernel was asked for and does not run.
     """
     runs = device.type == "cuda" and has_kernel(torch.empty(0, head_dim, dtype=dtype), block)
-    if teacher not in ("auto", "kernel", "torch"):
+    if teacher == "auto":
+        return "kernel" if runs else "torch"
+    if teacher not in ("kernel", "torch"):
         raise ValueError(f"teacher is auto, kernel or torch, got {teacher!r}")
     if teacher == "kernel" and not runs:
         raise ValueError(
             f"the ground-truth kernel does not run on {device.type} with {dtype}, head_dim {head_dim} and blocks of {block}: "
             "use --teacher torch"
         )
-    return "kernel" if runs and teacher == "auto" else teacher.replace("auto", "torch")
+    return teacher
 
 
-def gate_loss(logits: Tensor, teacher: Tensor, drop: float = 0.25) -> Tensor:
+def gate_loss(logits: Tensor, teacher: Tensor, drop: float) -> Tensor:
     """KL(teacher || softmax of the block-causal logits), mean over all entries, without the first `drop` of rows, x 10."""
     blocks = logits.shape[-1]
     future = torch.ones(blocks, blocks, dtype=torch.bool, device=logits.device).triu(1)
@@ -50,14 +52,14 @@ def gate_loss(logits: Tensor, teacher: Tensor, drop: float = 0.25) -> Tensor:
 
 
 @torch.no_grad()
-def recall(scores: Tensor, teacher: Tensor, density: float = RECALL_DENSITY) -> Tensor:
-    """Share of the teacher's map that the best blocks by `scores` hold; every row keeps `density` of those it sees, at least 1.
+def recall(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Share of the teacher's map that the best blocks by `scores` hold, RECALL_DENSITY of those that a row sees, at least 1.
 
     Args: scores, teacher [B, H, NB, NB]; the teacher's rows sum to 1. Returns: mean over rows and heads, 0-d.
     """
     blocks = scores.shape[-1]
     seen = torch.arange(1, blocks + 1, device=scores.device)
     order = scores.masked_fill(seen[None, :] > seen[:, None], float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    last = (density * seen).round().long().clamp(min=1)[:, None] - 1
+    last = (RECALL_DENSITY * seen).round().long().clamp(min=1)[:, None] - 1
     kept = teacher.gather(-1, order).cumsum(-1)
     return kept.gather(-1, last.expand(*kept.shape[:-1], 1)).mean()

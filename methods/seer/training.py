@@ -1,8 +1,8 @@
-"""What the trainers of gates and of whole models share: packed data in a fixed order, resuming, loss.csv, clear failures.
+"""What the trainers of gates and of whole models share: data in a fixed order, resuming, loss.csv, clear failures.
 
     args = arguments(out, steps=500, batch=8, lr=1e-3, warmup=20, seed=0, save_steps=100)
-    trainer = Trainer(module, args, pack(texts, tokenizer, 8192))      # module(input_ids=[1, ctx_len]) -> {"loss": ...}
-    history = run(trainer, out, recipe)                                # again after a kill: goes on where it stopped
+    trainer = Trainer(module, args, sequences)      # module(input_ids=[1, ctx_len]) -> {"loss": ...}
+    run(trainer, recipe)                            # again after a kill: goes on where it stopped
 
 transformers' Trainer on Accelerate does the work, so `torchrun` and `accelerate launch` start it on several GPUs.
 """
@@ -10,12 +10,13 @@ transformers' Trainer on Accelerate does the work, so `torchrun` and `accelerate
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 RECIPE_FILE = "recipe.json"  # beside the checkpoints: what they were trained with
-SHARD = "shard the model over more GPUs (accelerate launch with FSDP)"
 
 
 class LossNotFiniteError(ValueError):
-    """Training stopped before the step whose loss or gradient is NaN or infinite; the model has the weights before it."""
-
-
-def pack(texts: Iterable[str], tokenizer: Any, ctx_len: int) -> Tensor:
-    """Documents tokenised, joined with the end-of-sequence token and cut: int64 [sequences, ctx_len]; the rest is dropped.
-
-    Raises: ValueError when there is less than one sequence.
-    """
-    tokens: list[int] = []
-    for text in texts:
-        tokens += tokenizer(text, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-    count = len(tokens) // ctx_len
-    if not count:
-        raise ValueError(
-            f"the training data has {len(tokens)} tokens, one sequence takes {ctx_len}: give more data or less --ctx"
-        )
-    return torch.tensor(tokens[: count * ctx_len]).view(count, ctx_len)
+    """Training stopped at a loss or gradient that is NaN or infinite, before it reached the weights."""
 
 
 class Stream(Dataset):
@@ -68,7 +50,7 @@ class Stream(Dataset):
 
 def arguments(
     out: Path | str, *, steps: int, batch: int, lr: float, warmup: int, seed: int, save_steps: int, log_every: int = 10,
-    max_grad_norm: float = 0.0, gradient_checkpointing: bool = False, bf16: bool = False, cpu: bool = False,
+    max_grad_norm: float = 0.0, bf16: bool = False, cpu: bool = False,
 ) -> transformers.TrainingArguments:  # fmt: skip
     """AdamW without weight decay, `warmup` steps up to `lr`, then a cosine down to 0.
 
@@ -86,16 +68,12 @@ def arguments(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch % processes:
         raise ValueError(f"{processes} processes cannot share --batch {batch}: give a multiple of {processes}")
-    recompute = "activation_checkpointing"  # its name since transformers 5.2x
-    if not hasattr(transformers.TrainingArguments, recompute):
-        recompute = "gradient_checkpointing"
     args = transformers.TrainingArguments(
         str(out), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=batch // processes,
         learning_rate=lr, warmup_steps=warmup, lr_scheduler_type="cosine", weight_decay=0.0, max_grad_norm=max_grad_norm,
         seed=seed, train_sampling_strategy="sequential", save_strategy="steps", save_steps=save_steps, save_total_limit=2,
         logging_steps=log_every, logging_nan_inf_filter=False, bf16=bf16, use_cpu=cpu, ddp_find_unused_parameters=False,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [], remove_unused_columns=False,
-        **{recompute: gradient_checkpointing},
     )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # one process with several GPUs in sight would become nn.DataParallel
     return args
@@ -112,7 +90,7 @@ class Trainer(transformers.Trainer):
     less_memory: what to lower when the GPU's does not suffice, in this order.
     """
 
-    less_memory = f"--ctx, then turn on gradient checkpointing, then {SHARD}"
+    less_memory = "--ctx"
 
     def __init__(self, module: nn.Module, args: transformers.TrainingArguments, sequences: Tensor):
         per_step = args.gradient_accumulation_steps * args.world_size
@@ -131,7 +109,7 @@ class Trainer(transformers.Trainer):
         return part
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called once a step, between the gradients and the update: the last moment to stop with good weights."""
+        """Called once a step, between the gradients and the update."""
         norm = super()._get_grad_norm(model, grad_norm)
         # The only wait for the device in a step. A NaN of one process becomes that of all, so all stop.
         norm_now = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
@@ -143,7 +121,10 @@ class Trainer(transformers.Trainer):
         self.extras.clear()
         step = self.state.global_step
         if not (math.isfinite(loss) and math.isfinite(norm_now)):
-            raise LossNotFiniteError(f"the loss of step {step} is not finite (loss {loss}, gradient norm {norm_now})")
+            raise LossNotFiniteError(
+                f"the loss of step {step} is not finite (loss {loss}, gradient norm {norm_now}): "
+                f"lower --lr; checkpoints and loss.csv stay in {self.args.output_dir}"
+            )
         now = time.perf_counter()
         assert self._since is not None
         speed = self.tokens_per_step / (now - self._since)
@@ -160,18 +141,19 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
 
-def run(trainer: Trainer, out: Path, recipe: dict[str, Any] | None = None) -> list[dict[str, float]]:
-    """Train, from the newest complete checkpoint in `out` when there is one, and write out/loss.csv as it goes.
+def run(trainer: Trainer, recipe: dict[str, Any]) -> None:
+    """Train, from the newest complete checkpoint in the output folder when there is one, and write loss.csv there as it goes.
 
-    recipe: everything that decides the curve, JSON values; a folder that was begun with another one is refused.
-    Returns: the history (Trainer), with the rows of the runs before.
-    Raises: LossNotFiniteError at a NaN or infinite loss or gradient: the model then has the weights before that step, and
-        checkpoints and loss.csv stay; ValueError for a GPU without memory, saying what to lower, and for another recipe.
+    recipe: what decides the curve beside the data, JSON values; a folder begun with another one or other data is refused.
+    trainer.history then has the rows of the runs before, too.
+    Raises: LossNotFiniteError, checkpoints and loss.csv stay; ValueError for a GPU without memory, saying what to lower, and
+        for another recipe.
     """
+    out = Path(trainer.args.output_dir)
     checkpoint = newest_checkpoint(out)
-    if recipe is not None:
-        _check_recipe(out, recipe, checkpoint is not None, trainer.is_world_process_zero())
-    trainer.history = []
+    sequences = trainer.train_dataset.sequences
+    data = {"sequences": len(sequences), "data_sha256": hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]}
+    _check_recipe(out, recipe | data, checkpoint is not None, trainer.is_world_process_zero())
     if checkpoint is not None:
         done = int(checkpoint.name.rpartition("-")[2])
         trainer.history = [row for row in read_history(out / "loss.csv") if row["step"] < done]
@@ -179,12 +161,15 @@ def run(trainer: Trainer, out: Path, recipe: dict[str, Any] | None = None) -> li
             print(f"goes on after step {done} from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
+    except (LossNotFiniteError, torch.OutOfMemoryError) as error:
+        if trainer.is_world_process_zero():
+            print(file=sys.stderr)  # ends the line of the progress bar
+        if isinstance(error, LossNotFiniteError):
+            raise
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"out of memory (sequences run one at a time, --batch saves none): lower {trainer.less_memory}; {reason}"
         ) from error
-    return trainer.history
 
 
 def newest_checkpoint(out: Path) -> Path | None:

@@ -65,6 +65,10 @@ class LayerGates:
                 digest.update(name.encode() + weight.detach().cpu().double().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def trainable(self) -> list[AttnGate]:
+        """Copies on the CPU that learn."""
+        return [copy.deepcopy(gate).requires_grad_(True) for gate in self._gates]
+
     def check(self, model: ModelSpec) -> LayerGates:
         """These gates. Raises: ValueError when they are for a model of another shape or depth."""
         gate = self._gates[0]

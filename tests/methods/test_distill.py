@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from sparsebench.methods.base import LayerContext, ModelSpec, plain_rope
 from sparsebench.methods.seer import AttnGate, Seer, distill, gated_model, load_gates, save_gates
-from sparsebench.methods.seer.distill import GateTrainer, Recipe, block_map, gate_loss, new_gates, train
-from sparsebench.methods.seer.ground_truth import recall, resolve_teacher
+from sparsebench.methods.seer.distill import train
+from sparsebench.methods.seer.gated_model import GateTrainer, Recipe, new_gates
+from sparsebench.methods.seer.ground_truth import block_map, gate_loss, recall, resolve_teacher
 from sparsebench.methods.seer.training import LossNotFiniteError, arguments, read_history
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
@@ -60,13 +61,13 @@ def test_loss_is_the_mean_divergence_of_the_late_rows():
             student = logits[0, h, r, : r + 1].log_softmax(-1)
             t = teacher[0, h, r, : r + 1]
             total = total + (t * (t.log() - student)).sum()
-    loss = gate_loss(logits, teacher)
+    loss = gate_loss(logits, teacher, 0.25)
     torch.testing.assert_close(loss, 10 * total / (2 * 6 * 8))
     loss.backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
     assert logits.grad[:, :, :2].eq(0).all() and logits.grad.triu(1).eq(0).all()
     perfect = teacher.log().clamp(min=-1e9)
-    assert gate_loss(perfect, teacher).abs() < 1e-6
+    assert gate_loss(perfect, teacher, 0.25).abs() < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_the_trainer_on_a_gpu_agrees_with_the_cpu(of):
         torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_leaves_the_checkpoints(tiny, monkeypatch, tmp_path):
     model, tokens = tiny
     calls = []
 
@@ -287,11 +288,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_gates(tiny, monkeypa
 
     good = learn(model, tokens[:2], tmp_path / "good", replace(RECIPE, steps=3, warmup=3))
     monkeypatch.setattr(gated_model, "gate_loss", breaks)
-    with pytest.raises(LossNotFiniteError, match=r"loss of step 3 is not finite .*gates before it are in .*gate"):
-        learn(model, tokens[:2], tmp_path / "gate", replace(RECIPE, warmup=3))
-    history = read_history(tmp_path / "gate" / "loss.csv")
+    with pytest.raises(LossNotFiniteError, match=r"loss of step 3 is not finite .*: lower --lr; .*stay in .*gate.training"):
+        learn(model, tokens[:2], tmp_path / "gate", replace(RECIPE, warmup=3), save_steps=3)
+    history = read_history(tmp_path / "gate.training" / "loss.csv")
     assert [row["loss"] for row in history] == [row["loss"] for row in good] and len(good) == 3
-    assert load_gates(tmp_path / "gate", SPEC).sha256 == load_gates(tmp_path / "good", SPEC).sha256
+    assert not (tmp_path / "gate").exists()
+    last, expected = (tmp_path / name / "checkpoint-3" for name in ("gate.training", "good.training"))
+    assert load_gates(last, SPEC).sha256 == load_gates(expected, SPEC).sha256
 
 
 class WordTokenizer:
@@ -340,6 +343,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
     assert "has block=32: leave that option out" in refused(*other, "--init", str(out), "--block", "64")
     assert "no gate weights at" in refused(*other, "--init", str(tmp_path / "nothing"))
     assert "steps 0, batch 1" in refused(*other, "--steps", "0")
+    assert "--drop must be at least 0 and below 1, got 1" in refused(*other, "--drop", "1")
     monkeypatch.setattr(gated_model, "gate_loss", lambda logits, *_: logits.sum() * float("nan"))
     corpus.write_text("\n".join(map(json.dumps, lines)))
     assert distill.main([*command, *kind, *short, *other]) == 1
@@ -349,7 +353,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(zoo, "load", full)
-    assert "tiny does not fit this GPU" in refused(*other)
+    assert "error: the model does not fit this GPU: CUDA" in refused(*other)
 
 
 def test_gates_of_smollm2_fit_ten_megabytes(tmp_path):

@@ -1,5 +1,6 @@
 """The trainer under the gates' and the whole models' training: its data, its record, its ways to stop."""
 
+import itertools
 import math
 
 import pytest
@@ -7,16 +8,17 @@ import torch
 from torch import nn
 
 from sparsebench.methods.seer import training
+from sparsebench.methods.seer.command import answer, new_parser, packed, parse
 from sparsebench.methods.seer.training import (
     LossNotFiniteError,
     Stream,
     Trainer,
     arguments,
     newest_checkpoint,
-    pack,
     read_history,
     run,
 )
+from sparsebench.suites import corpora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEQUENCES = torch.arange(20).view(5, 4)
@@ -29,11 +31,46 @@ class NumberTokenizer:
         return {"input_ids": [int(word) for word in text.split()]}
 
 
-def test_packing():
-    packed = pack(["1 2 3", "4 5"], NumberTokenizer(), 3)
-    assert packed.tolist() == [[1, 2, 3], [0, 4, 5]]
+def test_packing(tmp_path):
+    (tmp_path / "a.txt").write_text("1 2 3")
+    (tmp_path / "b.txt").write_text("4 5")
+    data = f"file:{tmp_path / 'a.txt'},file:{tmp_path / 'b.txt'}"
+    sequences, names = packed(data, NumberTokenizer(), 3, 1)
+    assert sequences.tolist() == [[1, 2, 3], [0, 4, 5]] and names == "a.txt,b.txt"
     with pytest.raises(ValueError, match="has 7 tokens, one sequence takes 8"):
-        pack(["1 2 3", "4 5"], NumberTokenizer(), 8)
+        packed(data, NumberTokenizer(), 8, 1)
+
+
+def test_a_corpus_of_the_hub_is_read_no_further_than_needed(monkeypatch):
+    endless = (corpora.Document(str(i), f"{i} {i}") for i in itertools.count(1))
+    monkeypatch.setattr(corpora, "read_documents", lambda source, split: endless)
+    assert packed("pg19,org/name", NumberTokenizer(), 4, 1)[0].tolist() == [[1, 1, 0, 2], [2, 0, 3, 3], [0, 4, 4, 0]]
+
+
+@pytest.mark.parametrize("status, error", [(1, LossNotFiniteError("nan")), (2, ValueError("bad")), (2, OSError("full"))])
+def test_an_error_is_one_line(status, error, capsys):
+    def work():
+        raise error
+
+    assert answer(work) == status and capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "began.training").mkdir()
+    (tmp_path / "began.training" / training.RECIPE_FILE).write_text("{}")
+    for name in ("began", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    given = ["--model", "m", "--data", "d", "--device", "cpu", "--out"]
+    for name in ("began", "new", "new/below"):
+        args = parse(new_parser("x", "text", "2k"), [*given, str(tmp_path / name)])
+        assert args.ctx == 2048 and args.checkpoints == tmp_path / f"{name}.training"
+    for name, fault in (("file", "is a file"), ("file/below", "file is a file"), ("full", "holds other files")):
+        with pytest.raises(ValueError, match=f"--out .*{fault}"):
+            parse(new_parser("x", "text", "2k"), [*given, str(tmp_path / name)])
+    with pytest.raises(ValueError, match="lengths are written 512, 8k or 1m, got '0'"):
+        parse(new_parser("x", "text", "0"), [*given, str(tmp_path / "new")])
 
 
 def test_every_sequence_is_used_before_any_repeats():
@@ -59,10 +96,15 @@ class Toy(nn.Module):
         return {"loss": (self.weight * (1 + input_ids[0, 0] / 20)).square().sum() * failure}
 
 
-def trained(out, module, steps=4, batch=2, recipe=None):
+def trained(out, module, steps=4, batch=2, recipe=None, sequences=SEQUENCES):
     args = arguments(out, steps=steps, batch=batch, lr=0.1, warmup=2, seed=0, save_steps=1, log_every=2, cpu=True)
-    trainer = Trainer(module, args, SEQUENCES)
-    return trainer, lambda: run(trainer, out, recipe)
+    trainer = Trainer(module, args, sequences)
+
+    def go():
+        run(trainer, recipe or {})
+        return trainer.history
+
+    return trainer, go
 
 
 def test_the_record_of_a_training(tmp_path):
@@ -97,6 +139,8 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
     with pytest.raises(ValueError, match=r"part was begun with lr=0.1: give the same, or another --out"):
         trained(tmp_path / "part", Toy(), recipe={"lr": 0.2})[1]()
+    with pytest.raises(ValueError, match=r"part was begun with data_sha256='[0-9a-f]{16}': give the same"):
+        trained(tmp_path / "part", Toy(), recipe=recipe, sequences=SEQUENCES + 1)[1]()
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
@@ -112,7 +156,7 @@ def test_a_loss_that_is_not_finite(tmp_path, factor):
 
 def test_a_gpu_without_memory(tmp_path):
     _, go = trained(tmp_path, Toy({4: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")}))
-    with pytest.raises(ValueError, match=r"^out of memory .*lower --ctx, then .*gradient checkpointing.*2.00 GiB\.$"):
+    with pytest.raises(ValueError, match=r"^out of memory .*lower --ctx; CUDA .*2.00 GiB\.$"):
         go()
 
 
