@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.block_mass import REDUCTIONS
 from ..base import ModelSpec
 from . import command
 from .gated_model import GatedModel, Recipe, new_gates
@@ -88,7 +89,7 @@ def train(
     base = model.base_model
     gates = new_gates(spec, recipe) if init is None else load_gates(init, spec).trainable()
     gates = [gate.to(args.device) for gate in gates]
-    teacher = resolve_teacher(teacher, args.device, base.dtype, spec.head_dim, gates[0].block)
+    teacher = resolve_teacher(teacher, args.device, base.dtype, spec.head_dim, gates[0].block, recipe.loss)
     module = GatedModel(base, gates, recipe, teacher)
     trainer = DistillTrainer(module, args, sequences, spec)
     record = {
@@ -119,7 +120,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--log-every", type=int, default=10, help="steps from one measured recall to the next, default 10")
     for option in fields(Recipe):
         flag, text = "--" + option.name.replace("_", "-"), f"{option.metadata['help']}; default {option.default}"
-        choices = ["max", "mass"] if option.name == "loss" else None
+        choices = REDUCTIONS if option.name == "loss" else None
         parser.add_argument(flag, type=type(option.default), default=argparse.SUPPRESS, choices=choices, help=text)
     args = command.parse(parser, argv)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}

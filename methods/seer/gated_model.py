@@ -27,7 +27,7 @@ class Recipe:
     gate_type: str = _option("Qavg_Kmaxminavg", "pools of q and of k, each any of max, min, avg in this order")
     block: int = _option(64, "tokens of a block of queries and of keys")
     gate_dim: int = _option(128, "channels in which blocks are compared")
-    loss: str = _option("mass", "what of a block's probabilities the gate learns: their sum, or the largest (the paper's)")
+    loss: str = _option("mass", "what of a block the gate learns: its mass, a query's largest (row_mass), or max, the paper's")
     drop: float = _option(0.0, "share of the rows, the first, left out of the loss: 0 for gates that also serve short contexts")
     steps: int = _option(500, "optimiser steps")
     batch: int = _option(1, "sequences a step")

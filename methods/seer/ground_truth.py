@@ -16,27 +16,27 @@ RECALL_DENSITY = 0.1  # of the recall that training records
 def block_map(q: Tensor, k: Tensor, of: str = "max", block: int = 64, scale: float | None = None) -> Tensor:
     """The teacher: causal softmax probabilities pooled per block x block and normalised to sum 1 in every row, exact.
 
-    Args: q [B, H, N, D], k [B, H_kv, N, D] after RoPE; of: "max" over a block's rows and keys (the paper), or their "mass".
+    Args: q [B, H, N, D], k [B, H_kv, N, D] after RoPE; of: block_mass()'s reduce, of which "max" is the paper's.
     Returns: fp32 [B, H, NB, NB], NB = ceil(N / block).
     """
     pooled = block_mass(q, k, q.shape[-1] ** -0.5 if scale is None else scale, block, block, of)
     return pooled / pooled.sum(-1, keepdim=True)
 
 
-def resolve_teacher(teacher: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> str:
+def resolve_teacher(teacher: str, device: torch.device, dtype: torch.dtype, head_dim: int, block: int, of: str) -> str:
     """Who computes the ground truth: "kernel" (attention_with_map) or "torch" (block_map); "auto" is the kernel where it runs.
 
     Raises: ValueError for another name, or where the kernel was asked for and does not run.
     """
-    runs = device.type == "cuda" and has_kernel(torch.empty(0, head_dim, dtype=dtype), block)
+    runs = device.type == "cuda" and has_kernel(torch.empty(0, head_dim, dtype=dtype), block, of)
     if teacher == "auto":
         return "kernel" if runs else "torch"
     if teacher not in ("kernel", "torch"):
         raise ValueError(f"teacher is auto, kernel or torch, got {teacher!r}")
     if teacher == "kernel" and not runs:
         raise ValueError(
-            f"the ground-truth kernel does not run on {device.type} with {dtype}, head_dim {head_dim} and blocks of {block}: "
-            "use --teacher torch"
+            f"the ground-truth kernel does not run on {device.type} with {dtype}, head_dim {head_dim}, blocks of {block} and "
+            f"loss {of}: use --teacher torch"
         )
     return teacher
 

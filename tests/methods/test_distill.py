@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from sparsebench.kernels.block_mass import REDUCTIONS
 from sparsebench.methods.base import LayerContext, ModelSpec, plain_rope
 from sparsebench.methods.seer import AttnGate, Seer, distill, gated_model, load_gates, save_gates
 from sparsebench.methods.seer.distill import train
@@ -37,7 +38,7 @@ def test_teacher_equals_the_authors_formula(conformance, case):
     assert (ours - kernel).abs().max() < 0.02  # bf16 rounding of the authors' kernel
 
 
-@pytest.mark.parametrize("of", ["max", "mass"])
+@pytest.mark.parametrize("of", REDUCTIONS)
 def test_teacher_on_an_odd_length(of):
     q, k = torch.randn(2, 4, 75, 16), torch.randn(2, 2, 75, 16)
     logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4
@@ -46,7 +47,8 @@ def test_teacher_on_an_odd_length(of):
     for r in range(3):
         for c in range(3):
             part = p[:, :, 32 * r : 32 * r + 32, 32 * c : 32 * c + 32]
-            expected[:, :, r, c] = part.amax((-1, -2)) if of == "max" else part.sum((-1, -2))
+            keys = part.amax(-1) if of == "max" else part.sum(-1)
+            expected[:, :, r, c] = keys.sum(-1) if of == "mass" else keys.amax(-1)
     expected /= expected.sum(-1, keepdim=True)
     torch.testing.assert_close(block_map(q, k, of, block=32), expected)
 
@@ -118,7 +120,7 @@ def test_recall_is_the_share_of_the_best_blocks():
     assert recall(torch.zeros_like(scores), torch.eye(25).expand(1, 2, 25, 25)) < 1  # ties say nothing of the diagonal
 
 
-@pytest.mark.parametrize("loss", ["max", "mass"])
+@pytest.mark.parametrize("loss", REDUCTIONS)
 def test_training_lowers_the_divergence_and_raises_recall(tiny, loss, monkeypatch, tmp_path):
     model, tokens = tiny
     recipe = replace(RECIPE, loss=loss, steps=60)
@@ -207,14 +209,16 @@ def test_training_goes_on_from_other_gates(tiny, tmp_path):
 
 def test_who_computes_the_ground_truth():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert resolve_teacher("auto", cpu, torch.float32, 64, 64) == "torch"
-    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 128) == "kernel"
-    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 32) == "torch"
-    assert resolve_teacher("torch", gpu, torch.bfloat16, 64, 64) == "torch"
+    assert resolve_teacher("auto", cpu, torch.float32, 64, 64, "mass") == "torch"
+    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 128, "mass") == "kernel"
+    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 32, "mass") == "torch"
+    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 64, "row_mass") == "kernel"
+    assert resolve_teacher("auto", gpu, torch.bfloat16, 64, 128, "row_mass") == "torch"
+    assert resolve_teacher("torch", gpu, torch.bfloat16, 64, 64, "mass") == "torch"
     with pytest.raises(ValueError, match=r"does not run on cpu.*use --teacher torch"):
-        resolve_teacher("kernel", cpu, torch.float32, 64, 64)
+        resolve_teacher("kernel", cpu, torch.float32, 64, 64, "mass")
     with pytest.raises(ValueError, match="teacher is auto, kernel or torch"):
-        resolve_teacher("other", cpu, torch.float32, 64, 64)
+        resolve_teacher("other", cpu, torch.float32, 64, 64, "mass")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,7 @@ def test_the_trainer_returns_dense_attention():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("of", ["max", "mass"])
+@pytest.mark.parametrize("of", REDUCTIONS)
 def test_the_trainer_on_a_gpu_agrees_with_the_cpu(of):
     q, k, v = torch.randn(1, 4, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
     spec, recipe = ModelSpec("tiny", layers=1, heads=4, kv_heads=2, head_dim=64), Recipe(loss=of, drop=0)
@@ -269,7 +273,7 @@ def test_the_trainer_on_a_gpu_agrees_with_the_cpu(of):
             0, "prefill", 64**-0.5, moved[2], positions, rope=plain_rope(1e4), q=moved[0], k=moved[1],
             _q_pre=moved[0], _k_pre=moved[1],
         )  # fmt: skip
-        teacher = resolve_teacher("auto", positions.device, q.dtype, 64, recipe.block)
+        teacher = resolve_teacher("auto", positions.device, q.dtype, 64, recipe.block, of)
         assert teacher == ("kernel" if device == "cuda" else "torch")
         trainer = GateTrainer([gate.to(device) for gate in new_gates(spec, recipe)], recipe, teacher)
         with torch.no_grad():
