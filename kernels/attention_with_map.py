@@ -22,13 +22,13 @@ SLOT_TILES = 2048  # key tiles that a program remembers, 128k tokens; what lies 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def has_kernel(q: Tensor, block: int, of: str = "max") -> bool:
+def has_kernel(q: Tensor, block: int, of: str) -> bool:
     """Whether a kernel computes such maps for q."""
     cells = block % CELL == 0 if of != "row_mass" else block == CELL  # a row's mass in larger blocks is not in cells any more
     return q.shape[-1] in HEAD_DIMS and q.dtype in DTYPES and cells
 
 
-def resolve_map_impl(impl: str, q: Tensor, block: int, of: str = "max") -> str:
+def resolve_map_impl(impl: str, q: Tensor, block: int, of: str) -> str:
     """The implementation that `impl` means: "auto" is on CUDA the fastest that applies, else the reference.
 
     Raises: ValueError for an unknown name, or a kernel that does not compute this.
@@ -38,15 +38,16 @@ def resolve_map_impl(impl: str, q: Tensor, block: int, of: str = "max") -> str:
         if not hopper:
             raise ValueError(
                 f"the Hopper kernel needs compute capability 9.0, fp16 or bf16, head_dim 64 or 128 and blocks of multiples of "
-                f"{CELL}, got {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks of {block}: use impl='auto'"
+                f"{CELL} ({CELL} for row_mass), got {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks of {block}, of {of!r}: "
+                "use impl='auto'"
             )
         return impl
     if not runs_triton(impl, q.is_cuda and has_kernel(q, block, of)):
         return "reference"
     if not has_kernel(q, block, of):
         raise ValueError(
-            f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL}, got "
-            f"head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}: use impl='reference'"
+            f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL} ({CELL} for "
+            f"row_mass), got head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}, of {of!r}: use impl='reference'"
         )
     return "hopper" if hopper and impl == "auto" else "triton"
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import BlockMask, block_sparse_attention
-from ...kernels.attention_with_map import attention_with_map, has_kernel
+from ...kernels.attention_with_map import attention_with_map
 from ...kernels.choose_blocks import choose_blocks
 from ..base import LayerContext
 from .gate import AttnGate
 from .gated_model import GateLearner
-from .ground_truth import block_map
+from .ground_truth import block_map, resolve_teacher
 
 ROPES = ("yarn", "linear")  # types of transformers' rope_parameters that need no more than a factor
 CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB in fp32 for a vocabulary of 49k
@@ -52,7 +52,7 @@ class SparseTrainer(GateLearner):
         gate = self.gates[ctx.layer]
         block = gate.block
         with torch.no_grad():
-            if q.is_cuda and has_kernel(q, block):
+            if resolve_teacher("auto", q.device, q.dtype, q.shape[-1], block, TEACHER) == "kernel":
                 teacher = attention_with_map(q, k, v, block, TEACHER, scale=ctx.scale)[2]
             else:
                 teacher = block_map(q, k, TEACHER, block, ctx.scale)

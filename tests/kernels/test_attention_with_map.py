@@ -188,7 +188,12 @@ def test_refuses(device):
     ]:
         with pytest.raises(ValueError, match=message):
             attention_with_map(q, k, v, **options)
-    for arguments in [(q, k, v, 32), (q.double(), k.double(), v.double()), (q[..., :32], k[..., :32], v[..., :32])]:
+    for arguments in [
+        (q, k, v, 32),
+        (q, k, v, 128, "row_mass"),
+        (q.double(), k.double(), v.double()),
+        (q[..., :32], k[..., :32], v[..., :32]),
+    ]:
         with pytest.raises(ValueError, match="the Triton kernel supports"):
             attention_with_map(*arguments, impl="triton")
     with pytest.raises(ValueError, match="no backward"):
