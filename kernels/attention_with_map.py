@@ -38,16 +38,16 @@ def resolve_map_impl(impl: str, q: Tensor, block: int, of: str) -> str:
         if not hopper:
             raise ValueError(
                 f"the Hopper kernel needs compute capability 9.0, fp16 or bf16, head_dim 64 or 128 and blocks of multiples of "
-                f"{CELL} ({CELL} for row_mass), got {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks of {block}, of {of!r}: "
-                "use impl='auto'"
+                f"{CELL} ({CELL} for row_mass), got {q.device}, {q.dtype}, head_dim {q.shape[-1]}, blocks of {block}, "
+                f"of {of!r}: use impl='auto'"
             )
         return impl
     if not runs_triton(impl, q.is_cuda and has_kernel(q, block, of)):
         return "reference"
     if not has_kernel(q, block, of):
         raise ValueError(
-            f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL} ({CELL} for "
-            f"row_mass), got head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}, of {of!r}: use impl='reference'"
+            f"the Triton kernel supports head_dim {HEAD_DIMS}, fp16, bf16 and fp32, and blocks of multiples of {CELL} "
+            f"({CELL} for row_mass), got head_dim {q.shape[-1]}, {q.dtype}, blocks of {block}, of {of!r}: use impl='reference'"
         )
     return "hopper" if hopper and impl == "auto" else "triton"
 
