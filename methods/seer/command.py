@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -59,26 +61,31 @@ def packed(data: str, tokenizer: Any, ctx_len: int, most: int) -> tuple[Tensor, 
 
     Attention crosses the borders of documents. most: sequences that training takes; no corpus of the hub, whose texts are
     gigabytes, is read beyond them.
-    Returns: int64 [sequences, ctx_len], and the corpora's names without their folders.
+    Returns: int64 [sequences, ctx_len], and the corpora's names without their folders, "x2" behind one that is named twice.
     Raises: ValueError when a corpus cannot be read or there is less than one sequence.
     """
     from ...suites.corpora import corpus_file, read_documents
 
-    tokens: list[int] = []
-    for source in data.split(","):
-        enough = math.inf if corpus_file(source) else len(tokens) + most * ctx_len
+    @functools.cache  # a corpus may be named several times, to weigh it
+    def read(source: str) -> list[int]:
+        tokens: list[int] = []
+        enough = math.inf if corpus_file(source) else most * ctx_len
         for document in read_documents(source, "train"):
             tokens += tokenizer(document.text, verbose=False)["input_ids"]
             if tokenizer.eos_token_id is not None:
                 tokens.append(tokenizer.eos_token_id)
             if len(tokens) >= enough:
                 break
+        return tokens
+
+    tokens = [token for source in data.split(",") for token in read(source)]
     count = len(tokens) // ctx_len
     if not count:
         raise ValueError(
             f"the training data has {len(tokens)} tokens, one sequence takes {ctx_len}: give more data or less --ctx"
         )
-    names = ",".join(source.rsplit("/", 1)[-1] for source in data.split(","))
+    counts = collections.Counter(source.rsplit("/", 1)[-1] for source in data.split(","))
+    names = ",".join(name if n == 1 else f"{name} x{n}" for name, n in counts.items())
     return torch.tensor(tokens[: count * ctx_len]).view(count, ctx_len), names
 
 
