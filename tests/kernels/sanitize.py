@@ -15,6 +15,7 @@ from sparsebench.kernels.attention_with_map import attention_with_map
 from sparsebench.kernels.block_mass import REDUCTIONS
 from sparsebench.methods import METHODS
 from sparsebench.methods.base import ModelSpec, attention
+from sparsebench.methods.seer.method import Seer
 
 TOKENS, HEADS, KV_HEADS = 395, 4, 2  # neither blocks of 32 nor of 128 divide it
 BLOCKS = [(64, 64), (128, 64), (128, 128), (64, 32), (32, 32)]
@@ -43,7 +44,7 @@ def attend(dim: int) -> int:
             hopper = hopper_attention.hopper_applies(q, mask)
             for impl in ("hopper", "triton") if hopper else ("triton",):
                 with torch.set_grad_enabled(blocks[1] >= 64):  # smaller ones have no backward kernel
-                    out = block_sparse_attention(q, k, v, mask, impl=impl)
+                    out, _ = block_sparse_attention(q, k, v, mask, return_lse=True, impl=impl)
                 if out.requires_grad:
                     out.backward(torch.randn_like(out))
                 runs += 1
@@ -64,7 +65,7 @@ def main() -> None:
                 attention_with_map(q, k, v, 64, of, impl=impl)
                 runs += 1
         model = ModelSpec("random", 1, HEADS, KV_HEADS, dim)
-        for method in [*(cls() for cls in METHODS.values()), METHODS["seer"](threshold=0.1, share_gqa=True)]:
+        for method in [*(cls() for cls in METHODS.values()), Seer(threshold=0.1, share_gqa=True)]:
             attention(method.synthetic(model, 0), q, k, v, rope_theta=1e4)
             runs += 1
             print(f"D {dim}: {method.name}", flush=True)
