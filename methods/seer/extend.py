@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..base import ModelSpec
 from . import command, training
-from .extended_model import ROPES, TEACHER, Extension, recompute_layers, stretch, width_of
+from .extended_model import ROPES, Extension, recompute_layers, stretch, width_of
 from .gate import AttnGate
 from .method import TRAIN
-from .weights import load_gates, save_gates, shipped_gate
+from .weights import load_gates, save_gates, shipped_gate, trained_loss
 
 CLIP = 1.0  # largest norm of a step's gradient
 NUMBERS = {
@@ -68,12 +68,15 @@ class ExtendTrainer(training.Trainer):
         return self.optimizer
 
 
-def initial_gates(path: str | None, spec: ModelSpec) -> list[AttnGate]:
-    """The gates at `path`, or those shipped for the model, to be trained. Raises: ValueError when there are none that fit."""
+def initial_gates(path: str | None, spec: ModelSpec) -> tuple[list[AttnGate], str]:
+    """The gates at `path`, or those shipped for the model, and what of a block they learn.
+
+    Raises: ValueError when there are none that fit.
+    """
     folder = shipped_gate(spec.name) if path is None else Path(path)
     if path is None and not folder.is_dir():
         raise ValueError(f"no trained gate ships for {spec.name}: give one with --gate PATH, or train one: {TRAIN}")
-    return load_gates(folder, spec).trainable()
+    return load_gates(folder, spec).trainable(), trained_loss(folder)
 
 
 def extend(args: argparse.Namespace) -> None:
@@ -91,17 +94,16 @@ def extend(args: argparse.Namespace) -> None:
     if scaled := [name for name in SCALED_LOGITS if getattr(model.config, name, None) is not None]:
         raise ValueError(f"{type(model).__name__} changes its logits after the output embedding ({scaled[0]}): not supported")
     stretch(model, args.rope, args.factor, args.ctx)
-    gates: list[AttnGate] = []
-    if args.density is not None:
-        gates = [gate.to(options.device) for gate in initial_gates(args.gate, spec)]
+    gates, loss = ([], "") if args.density is None else initial_gates(args.gate, spec)
+    gates = [gate.to(options.device) for gate in gates]
     width = width_of(args.density, args.ctx, gates[0].block) if gates else 0
     sequences, names = command.packed(args.data, loaded.tokenizer, args.ctx, args.steps * args.batch)
     if args.gradient_checkpointing:
         recompute_layers(model)
-    module = Extension(model, gates, width, args.gate_weight)
+    module = Extension(model, gates, width, args.gate_weight, loss)
     trainer = ExtendTrainer(module, options, sequences, args.gate_lr)
     recipe = {name: getattr(args, name) for name in (*NUMBERS, "model", "rope", "factor", "ctx", "density", "gate", "dtype")}
-    recipe |= {"data": names, "width": width}
+    recipe |= {"data": names, "width": width, "loss": loss}
     with attach(model, module.sparse) if module.sparse is not None else nullcontext():
         training.run(trainer, recipe)
     if trainer.is_world_process_zero():
@@ -121,7 +123,7 @@ def save(
     tokenizer.save_pretrained(out)
     record = {**recipe, "tokens": len(history) * recipe["batch"] * recipe["ctx"], "last": history[-1]}
     if module.sparse is not None:
-        of_gates = {**record, "ctx_len": recipe["ctx"], "loss": TEACHER}
+        of_gates = {**record, "ctx_len": recipe["ctx"]}
         save_gates(out / "gate", module.sparse.gates, replace(spec, name=out.resolve().name), of_gates)
         record["method"] = f"seer:gate={out / 'gate'},budget={recipe['width']},diagonal=True,last_dense=0"
     training.write_history(out / "loss.csv", history)

@@ -20,20 +20,20 @@ from .ground_truth import block_map, resolve_teacher
 
 ROPES = ("yarn", "linear")  # types of transformers' rope_parameters that need no more than a factor
 CHUNK = 4096  # tokens whose logits exist at a time: 0.8 GB in fp32 for a vocabulary of 49k
-TEACHER = "mass"  # what the shipped gates learnt
 
 
 class SparseTrainer(GateLearner):
-    """Attention over the blocks that each layer's gate chooses, `width` a row and the row's own among them, while it learns.
+    """Attention over the blocks that each layer's gate chooses, `width` a row and the row's own among them, while it learns
+    `loss` of a block (Recipe.loss).
 
     masks: by layer, since clear(). A layer that gradient checkpointing runs again finds its mask, and adds no second loss.
     """
 
     name = "seer_extend"
 
-    def __init__(self, gates: Sequence[AttnGate], width: int):
+    def __init__(self, gates: Sequence[AttnGate], width: int, loss: str):
         super().__init__(gates)
-        self.width = width
+        self.width, self.of = width, loss
 
     def clear(self) -> None:
         super().clear()
@@ -52,10 +52,10 @@ class SparseTrainer(GateLearner):
         gate = self.gates[ctx.layer]
         block = gate.block
         with torch.no_grad():
-            if resolve_teacher("auto", q.device, q.dtype, q.shape[-1], block, TEACHER) == "kernel":
-                teacher = attention_with_map(q, k, v, block, TEACHER, scale=ctx.scale)[2]
+            if resolve_teacher("auto", q.device, q.dtype, q.shape[-1], block, self.of) == "kernel":
+                teacher = attention_with_map(q, k, v, block, self.of, scale=ctx.scale)[2]
             else:
-                teacher = block_map(q, k, TEACHER, block, ctx.scale)
+                teacher = block_map(q, k, self.of, block, ctx.scale)
         projected = self.learn(ctx, teacher, drop=0.0)
         self.masks[ctx.layer] = choose_blocks(
             *projected, q.shape[2], k.shape[2], block, block, width=self.width, scale=gate.gate_dim**-0.5,
@@ -74,10 +74,12 @@ class Extension(nn.Module):
     selected / visible pairs. gate_loss is the mean over layers; a gate's gradient is that of its own layer's loss.
     """
 
-    def __init__(self, model: Any, gates: Sequence[AttnGate] = (), width: int = 0, gate_weight: float = 0.1):
+    def __init__(
+        self, model: Any, gates: Sequence[AttnGate] = (), width: int = 0, gate_weight: float = 0.1, loss: str = "mass"
+    ):
         super().__init__()
         self.model, self.gates, self.gate_weight = model, nn.ModuleList(gates), gate_weight
-        self.sparse = SparseTrainer(gates, width) if gates else None
+        self.sparse = SparseTrainer(gates, width, loss) if gates else None
         self.register_state_dict_post_hook(_untie)
 
     def forward(self, input_ids: Tensor) -> dict[str, Tensor]:

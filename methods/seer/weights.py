@@ -133,6 +133,14 @@ def gate_options(path: str | Path) -> dict:
     return _options(_read_config(_find_files(Path(path).expanduser())[1]))
 
 
+def trained_loss(path: str | Path) -> str:
+    """What of a block the gates at `path` learnt (Recipe.loss), "max", the paper's, where config.json does not say.
+
+    Raises: ValueError for missing or unreadable files.
+    """
+    return _read_config(_find_files(Path(path).expanduser())[1]).get("training", {}).get("loss", "max")
+
+
 def _read_config(file: Path) -> dict:
     required = list(CONFIG_KEYS)[:3]
     try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The claims table of docs/seer.md: trains a gate, compares it, extends the model to 32k. In the repository root, on a GPU:
 #   bash results/leaderboard/seer.sh OUT books.jsonl proofs.jsonl [STEP ...]
-# Steps, all by default: windows gate extend lengths long methods. All but `gate` read the gate that is shipped. Called again it
+# Steps, all by default: windows gates extend lengths long methods. The steps after `gates` read the gate that is shipped. Called again it
 # goes on where it stopped.
 set -e
 out=${1:?folder for the results}; books=${2:?corpus}; proofs=${3:?corpus}; shift 3
@@ -37,21 +37,24 @@ for name, source in zip(("books", "proofs"), sources):
         print(f"{name}: {len(pieces)} pieces of {length}")
 PY
 }
-gate() {
-  [ -f "$out/gate/config.json" ] ||
-    python -m sparsebench.methods.seer.distill --model smollm2-135m --data "$data" --ctx 8k --out "$out/gate"
+gates() { # row_mass is the one shipped
+  for loss in row_mass mass max; do
+    [ -f "$out/$loss/config.json" ] ||
+      python -m sparsebench.methods.seer.distill --model smollm2-135m --data "$data" --ctx 8k --gate-type Qmaxminavg_Kmaxminavg \
+        --gate-dim 64 --loss $loss --out "$out/$loss"
+  done
 }
 lengths() {
   run --suites perplexity $(corpora 8k),4k,2k,1k --density 0.5,0.2,0.1 --methods dense seer:last_dense=0 seer:last_dense=0,nz_ratio=0.1
 }
 methods() {
-  run --suites perplexity,fidelity $(corpora 8k) --density 0.5,0.25,0.1,0.05 --methods all seer:last_dense=0 oracle:threshold=0.001 \
-    --versus "seer(last_dense=0)"
+  run --suites perplexity,fidelity $(corpora 8k) --density 0.5,0.25,0.1,0.05 --versus "seer(last_dense=0)" --methods all \
+    seer:last_dense=0 "seer:gate=$out/mass,last_dense=0" "seer:gate=$out/max,last_dense=0" oracle:threshold=0.001
 }
 extend() {
   for arm in dense 0.5 0.1; do
     [ -f "$out/$arm/training.json" ] ||
-      python -m sparsebench.methods.seer.extend --model smollm2-135m --data "$data" --rope yarn --factor 4 --ctx 32k --steps 150 \
+      python -m sparsebench.methods.seer.extend --model smollm2-135m --data "$data" --rope yarn --factor 4 --ctx 32k --steps 100 \
         --out "$out/$arm" $([ $arm = dense ] || echo --density $arm)
   done
 }
@@ -60,7 +63,8 @@ long() {
   run --suites perplexity $(corpora 32k) --models "$out/dense" --density 0.5,0.2,0.1 \
     --methods dense "seer:gate=$shipped,$seer" "seer:gate=$shipped,$seer,nz_ratio=0.1"
   for arm in 0.5 0.1; do
-    run --suites perplexity $(corpora 32k) --models "$out/$arm" --density $arm --methods dense "seer:gate=$out/$arm/gate,$seer"
+    run --suites perplexity $(corpora 32k) --models "$out/$arm" --density $arm \
+      --methods dense "seer:gate=$out/$arm/gate,$seer" "seer:gate=$out/$arm/gate,$seer,budget=16"
   done
 }
-for step in ${*:-windows gate extend lengths long methods}; do $step; done
+for step in ${*:-windows gates extend lengths long methods}; do $step; done

@@ -13,6 +13,7 @@ from sparsebench.methods.base import METHODS, ModelSpec
 from sparsebench.methods.seer import AttnGate, Seer, extend, extended_model, gated_model, save_gates
 from sparsebench.methods.seer.extended_model import Extension, recompute_layers, stretch, token_loss, width_of
 from sparsebench.methods.seer.ground_truth import block_map, gate_loss
+from sparsebench.methods.seer.weights import trained_loss
 from sparsebench.models import attach, zoo
 from sparsebench.suites.perplexity import token_nll
 
@@ -287,6 +288,17 @@ def test_what_is_saved_is_what_the_trainer_held(folder, monkeypatch):
         nll = token_nll(loaded.model, tokens()).mean()
     assert trace.mean_density == pytest.approx(float(expected["density"]))
     assert float(nll) == pytest.approx(float(expected["token_loss"]), abs=2e-3)  # gates are saved in bf16
+
+
+def test_gates_go_on_learning_what_they_learnt_before(folder):
+    """The first gate loss is that of the recorded ground truth; the paper's where nothing is recorded."""
+    found = {}
+    for loss in ("max", "mass", "row_mass", None):
+        save_gates(folder / "gates", new_gates(), SPEC, {"loss": loss} if loss else {})
+        assert command(folder, f"sparse-{loss}", "--density", 0.3, "--steps", 1) == 0
+        found[loss] = rows(folder / f"sparse-{loss}" / "loss.csv")[0]["gate_loss"]
+        assert trained_loss(folder / f"sparse-{loss}" / "gate") == (loss or "max")
+    assert len(set(found.values())) == 3 and found[None] == found["max"]
 
 
 def test_training_goes_on_where_it_was_killed(folder, monkeypatch):
