@@ -46,7 +46,7 @@ class Seer(Method):
     gate: folder or file of trained gates, one AttnGate for every layer, or None for the gate shipped for the model.
     last_dense: query blocks at the end that attend to everything (in chunked prefill: at the end of each chunk).
     share_gqa: one selection per KV head, S from the mean of its query heads' logits.
-    diagonal, sink: always keep a row's own block, the first block (counted in nz_ratio and budget).
+    diagonal: always keep a row's own block (counted in nz_ratio and budget).
 
     The authors' code: nz_ratio counts the same number in every row and cuts at the diagonal afterwards, so early rows keep
     fewer; "last block dense" makes the last two dense; the diagonal is not forced. Ours: a row whose first query would see
@@ -69,7 +69,6 @@ class Seer(Method):
     last_dense: int = 2  # query blocks
     share_gqa: bool = False
     diagonal: bool = False
-    sink: bool = False
 
     def __post_init__(self):
         chosen = [name for name in KNOBS if getattr(self, name) is not None]
@@ -134,7 +133,7 @@ class Seer(Method):
         if self.top_p is None:
             return choose_blocks(
                 gate_q, gate_k, q_len, kv_len, block, block, width=self._width(-(-kv_len // block)), threshold=self._cut,
-                scale=gate.gate_dim**-0.5, last_dense=int(min(self.last_dense, q_len)), diagonal=self.diagonal, sink=self.sink,
+                scale=gate.gate_dim**-0.5, last_dense=int(min(self.last_dense, q_len)), diagonal=self.diagonal,
             )  # fmt: skip
         heads = gate_q.shape[1]
         gate_k = gate_k.repeat_interleave(heads // gate_k.shape[1], dim=1)
@@ -177,7 +176,6 @@ class Seer(Method):
         before = best.cumsum(-1) - best
         keep = torch.zeros_like(visible).expand(scores.shape).clone().scatter_(-1, order, before < self.top_p)
         keep |= torch.full_like(own, self.top_p >= 1)  # the running sum may reach 1 before the last block
-        keep[..., 0] |= self.sink
         return keep | own if self.diagonal else keep
 
 

@@ -31,15 +31,11 @@ RULES = {
     "one": dict(width=1),
     "one, diagonal": dict(width=1, diagonal=True),
     "diagonal": dict(width=4, diagonal=True),
-    "sink": dict(width=3, sink=True),
-    "one, diagonal and sink": dict(width=1, diagonal=True, sink=True),
-    "diagonal and sink": dict(width=4, diagonal=True, sink=True),
     "more than there are": dict(width=999),
     "last dense": dict(width=2, last_dense=2),
     "all dense": dict(width=2, last_dense=999),
     "threshold": dict(threshold=0.1, scale=0.3),
     "threshold, diagonal": dict(threshold=0.2, diagonal=True, last_dense=1),
-    "threshold, diagonal and sink": dict(threshold=0.2, diagonal=True, sink=True),
     "nothing": dict(threshold=1.0),
     "everything": dict(threshold=-0.1),
 }
@@ -49,9 +45,7 @@ def scores(q, k, scale=1.0):
     return q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
 
 
-def rule(
-    s, q_len, kv_len, q_block, kv_block, width=None, threshold=0.0, scale=1.0, last_dense=0, diagonal=False, sink=False
-):
+def rule(s, q_len, kv_len, q_block, kv_block, width=None, threshold=0.0, scale=1.0, last_dense=0, diagonal=False):
     """bool [B, H, NQ, NK] from scores, and how far every score is from its row's cut."""
     chosen, margin = torch.zeros_like(s, dtype=torch.bool), torch.full_like(s, float("inf"))
     rows = s.shape[2]
@@ -66,15 +60,16 @@ def rule(
             p = row.softmax(0)
             take, far = p > threshold, (p - threshold).abs()
         else:
-            width = max(width, diagonal + sink)
-            row[[own] * diagonal + [0] * sink] = float("inf")
+            if diagonal:
+                row[own] = float("inf")
             order = row.sort(descending=True, stable=True)
             take, far = torch.zeros(seen, dtype=torch.bool, device=s.device), torch.full_like(row, float("inf"))
             take[order.indices[:width]] = True
             if width < seen:
                 cut = order.values[width - 1 : width + 1]
                 far = torch.minimum((row - cut[0]).abs(), (row - cut[1]).abs())
-        take[[own] * diagonal + [0] * sink] = True
+        if diagonal:
+            take[own] = True
         if not take[: own + 1].any():
             take[own] = True
         chosen[b, h, r, :seen], margin[b, h, r, :seen] = take, far
@@ -110,12 +105,12 @@ def test_follows_the_rule(device, impl, options, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_low_precision_are_exact(device, dtype):
     q, k, sizes = tensors(device, dtype, *SHAPES["ragged, gqa"])
-    for name in ("width", "diagonal and sink", "threshold"):
+    for name in ("width", "diagonal", "threshold"):
         check("triton", q, k, sizes, RULES[name], within=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("options", [dict(width=3), dict(width=1), dict(width=4, diagonal=True, sink=True), dict(width=9)])
+@pytest.mark.parametrize("options", [dict(width=3), dict(width=1), dict(width=4, diagonal=True), dict(width=9)])
 def test_ties_go_to_the_earlier_block(device, impl, options):
     q, k, sizes = tensors(device, torch.float32, *SHAPES["chunk"])
     for q_rows, k_rows in ((q * 0, k), (q.sign(), k.sign()), (q.sign(), (k > 1.2).float())):

@@ -166,11 +166,6 @@ def test_row_counts_follow_the_field():
         assert torch.equal(num[0, 0, -2:], rows[-2:].int()) and num[0, 0, -3] == min(width, blocks - 2)
     diagonal = select(Seer(gate=gate, last_dense=0, diagonal=True, budget=2), q, k).dense()
     assert diagonal.diagonal(dim1=-2, dim2=-1).all() and diagonal.sum(-1).max() == 2
-    sink = select(Seer(gate=gate, last_dense=0, sink=True, budget=2), q, k).dense()
-    assert sink[..., 0].all() and sink.sum(-1).max() == 2
-    for knob in ({"threshold": 1.0}, {"top_p": 0.0}):
-        both = select(Seer(gate=gate, last_dense=0, sink=True, diagonal=True, **knob), q, k).dense()
-        assert torch.equal(both[0, 0], torch.eye(blocks, dtype=torch.bool) | (torch.arange(blocks) == 0))
 
 
 def test_top_p_keeps_the_fewest_blocks():
