@@ -21,10 +21,11 @@ SCRATCH_BYTES = 1 << 28  # of the reference's fp32 scores at a time
 
 def choose_blocks(
     q: Tensor, k: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, *, width: int | None = None,
-    threshold: float = 0.0, scale: float = 1.0, last_dense: int = 0, diagonal: bool = False, impl: str = "auto",
+    threshold: float = 0.0, least: int = 0, scale: float = 1.0, last_dense: int = 0, diagonal: bool = False,
+    impl: str = "auto",
 ) -> BlockMask:  # fmt: skip
     """Every row of blocks keeps the `width` best of its causal blocks by scale * q . k, or, where width is None, those whose
-    softmax over the row's causal blocks is above `threshold`.
+    softmax over the row's causal blocks is above `threshold`, and in any case the `least` best.
 
     A row's own block is the one of its first query. A row of which that query would see nothing gets its own block on top.
 
@@ -33,7 +34,7 @@ def choose_blocks(
             but for fp32 operands in the kernel, which errs by at most 2^-16 of sum |q_c k_c|.
         q_len, kv_len, q_block, kv_block: tokens; q's last row sits at k's last row.
         width: blocks, at least 1; a row with fewer causal blocks keeps them all. Equal scores: the earlier block.
-        threshold: strict. One below 0 keeps all.
+        threshold: strict. One below 0 keeps all.  least: blocks, for a threshold alone.
         last_dense: query blocks at the end that keep all.
         diagonal: the own block is always among the chosen, and counts in `width`.
         impl: "auto" (Triton on CUDA up to MOST_BLOCKS key blocks) | "triton" | "reference".
@@ -47,14 +48,16 @@ def choose_blocks(
         raise ValueError(f"q [B, H, {rows}, G] and k [B, H_k, {blocks}, G] expected, got {tuple(q.shape)} and {tuple(k.shape)}")
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1 block, got {width}")
-    width = None if width is None else min(width, blocks)
+    if least and width is not None:
+        raise ValueError("least goes with a threshold, width says by itself how many blocks a row keeps")
+    width, least = None if width is None else min(width, blocks), min(least, blocks)
     sizes = (q_len, kv_len, q_block, kv_block)
     taken = q.dtype == k.dtype and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
     taken = taken and blocks <= MOST_BLOCKS and q.shape[3] <= MOST_CHANNELS
     if not runs_triton(impl, taken and q.is_cuda):
-        num, index = choose_blocks_reference(q, k, *sizes, width, threshold, scale, last_dense, diagonal)
+        num, index = choose_blocks_reference(q, k, *sizes, width, threshold, least, scale, last_dense, diagonal)
     elif taken:
-        num, index = _choose_triton(q, k, *sizes, width, threshold, scale, last_dense, diagonal)
+        num, index = _choose_triton(q, k, *sizes, width, threshold, least, scale, last_dense, diagonal)
     else:
         raise ValueError(
             f"the Triton kernel takes fp16, bf16 or fp32, up to {MOST_BLOCKS} key blocks and {MOST_CHANNELS} channels; got "
@@ -65,7 +68,7 @@ def choose_blocks(
 
 def choose_blocks_reference(
     q: Tensor, k: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, width: int | None, threshold: float,
-    scale: float, last_dense: int, diagonal: bool,
+    least: int, scale: float, last_dense: int, diagonal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition in torch, a few heads at a time; products in q's dtype."""
     visible = causal_blocks(q_len, kv_len, q_block, kv_block, q.device)
@@ -77,14 +80,12 @@ def choose_blocks_reference(
         part = slice(h, h + step)
         heads = torch.arange(h, min(h + step, q.shape[1]), device=q.device) // group
         logits = (q[:, part] @ k[:, heads].transpose(-1, -2) * scale).float().masked_fill_(~visible, float("-inf"))
-        if width is None:
-            keep = logits.softmax(-1) > threshold
-            chosen[:, part] = keep | own if diagonal else keep
-        else:
-            if diagonal:
-                logits.masked_fill_(own, float("inf"))
-            best = logits.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-            chosen[:, part] = torch.zeros_like(chosen[:, part]).scatter_(-1, best, True)
+        keep = logits.softmax(-1) > threshold if width is None else torch.zeros_like(chosen[:, part])
+        if diagonal:
+            keep |= own
+            logits.masked_fill_(own, float("inf"))
+        best = logits.sort(dim=-1, descending=True, stable=True).indices[..., : least if width is None else width]
+        chosen[:, part] = keep.scatter_(-1, best, True)
     return block_lists(complete_rows(chosen & visible, own, last_dense), q_len, kv_len, q_block, kv_block, impl="reference")
 
 
@@ -149,8 +150,8 @@ def _best(b_s, b_want, FLOAT_STEPS: tl.constexpr):
 def choose_blocks_fwd_kernel(
     q, k, scores, num, index, tiles, heads_all, heads, k_heads, rows, blocks, width, columns, threshold, scale, offset,
     kv_len, first_dense, q_block, kv_block,
-    G: tl.constexpr, BG: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, COMPLETE: tl.constexpr, LIST: tl.constexpr,
-    NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, FLOAT_STEPS: tl.constexpr,
+    G: tl.constexpr, BG: tl.constexpr, TOP: tl.constexpr, ABOVE: tl.constexpr, DIAGONAL: tl.constexpr, COMPLETE: tl.constexpr,
+    LIST: tl.constexpr, NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, FLOAT_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles of BM rows of one head, one after the other. The scores of a tile go to memory that is the program's
@@ -187,16 +188,17 @@ def choose_blocks_fwd_kernel(
             m_c = o_c[None, :] < b_seen[:, None]
             # [BR, NC]
             b_s = tl.load(scores + o_r[:, None] * NC + o_c[None, :], mask=m_c, other=float("-inf"))
+            if ABOVE:
+                b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * 1.4426950408889634)
+                b_take = (b_p / tl.sum(b_p, 1)[:, None] > threshold) & m_c
             if TOP:
                 b_s = tl.where(b_s == b_s, b_s, float("inf"))  # NaN is chosen, and never more of it than wanted
                 b_want = tl.minimum(b_seen, width)
                 if DIAGONAL:
                     b_s = tl.where(b_own, float("-inf"), b_s)
                     b_want -= 1
-                b_take = _best(b_s, b_want, FLOAT_STEPS)
-            else:
-                b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * 1.4426950408889634)
-                b_take = (b_p / tl.sum(b_p, 1)[:, None] > threshold) & m_c
+                b_best = _best(b_s, b_want, FLOAT_STEPS)
+                b_take = b_take | b_best if ABOVE else b_best
             if DIAGONAL:
                 b_take |= b_own
             b_take |= m_c & (b_row >= first_dense)[:, None]
@@ -231,7 +233,7 @@ def _launch_options(dtype: torch.dtype, channels: int, columns: int, top: bool) 
 @functools.lru_cache(256)
 def _launch(
     q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int, int],
-    width: int | None, threshold: float, scale: float, first_dense: int, diagonal: bool, columns: int | None,
+    width: int | None, threshold: float, least: int, scale: float, first_dense: int, diagonal: bool, columns: int | None,
 ) -> tuple[Launch, tuple[int, int, int]]:  # fmt: skip
     """The launch for these shapes, which writes lists of `columns` blocks, or counts alone (None); the shape of its scratch."""
     (batch, heads, rows, channels), (k_heads, blocks), (q_len, kv_len, q_block, kv_block) = q, k[1:3], sizes
@@ -240,10 +242,10 @@ def _launch(
     tiles = batch * heads * -(-rows // options["BM"])
     programs = min(options.pop("programs") * multiprocessors(device), tiles)
     launch = Launch(
-        choose_blocks_fwd_kernel, (programs,), tiles, batch * heads, heads, k_heads, rows, blocks, width or 0, columns or 0,
+        choose_blocks_fwd_kernel, (programs,), tiles, batch * heads, heads, k_heads, rows, blocks, width or least, columns or 0,
         threshold, scale, kv_len - q_len, kv_len, first_dense, q_block, kv_block,
-        G=channels, BG=power_of_2(max(channels, 16)), TOP=width is not None, DIAGONAL=diagonal,
-        COMPLETE=width is None or not _aligned(*sizes), LIST=columns is not None, NC=held, **options,
+        G=channels, BG=power_of_2(max(channels, 16)), TOP=bool(width or least), ABOVE=width is None,
+        DIAGONAL=diagonal, COMPLETE=width is None or not _aligned(*sizes), LIST=columns is not None, NC=held, **options,
     )  # fmt: skip
     return launch, (programs, options["BM"], held)
 
@@ -255,7 +257,7 @@ def _aligned(q_len: int, kv_len: int, q_block: int, kv_block: int) -> bool:
 
 def _choose_triton(
     q: Tensor, k: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, width: int | None, threshold: float,
-    scale: float, last_dense: int, diagonal: bool,
+    least: int, scale: float, last_dense: int, diagonal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k = q.contiguous(), k.contiguous()
     rows, blocks, sizes = q.shape[2], k.shape[2], (q_len, kv_len, q_block, kv_block)
@@ -264,8 +266,9 @@ def _choose_triton(
 
     def run(columns: int | None) -> Tensor:
         launch, scratch = _launch(
-            q.shape, k.shape, q.dtype, q.device, sizes, width, float(threshold), float(scale), first_dense, diagonal, columns
-        )
+            q.shape, k.shape, q.dtype, q.device, sizes, width, float(threshold), least, float(scale), first_dense, diagonal,
+            columns,
+        )  # fmt: skip
         scores = torch.empty(scratch, dtype=torch.float32, device=q.device)
         index = num if columns is None else torch.empty((*q.shape[:3], columns), dtype=torch.int32, device=q.device)
         launch(q, k, scores, num, index)

@@ -46,7 +46,9 @@ class Seer(Method):
     gate: folder or file of trained gates, one AttnGate for every layer, or None for the gate shipped for the model.
     last_dense: query blocks at the end that attend to everything (in chunked prefill: at the end of each chunk).
     share_gqa: one selection per KV head, S from the mean of its query heads' logits.
-    diagonal: always keep a row's own block (counted in nz_ratio and budget).
+    diagonal: always keep a row's own block (counted in nz_ratio, budget and min_blocks).
+    min_blocks: with threshold, a row keeps its best `min_blocks` in any case. Rows whose attention is spread thin have no block
+        above a high threshold.
 
     The authors' code: nz_ratio counts the same number in every row and cuts at the diagonal afterwards, so early rows keep
     fewer; "last block dense" makes the last two dense; the diagonal is not forced. Ours: a row whose first query would see
@@ -69,14 +71,19 @@ class Seer(Method):
     last_dense: int = 2  # query blocks
     share_gqa: bool = False
     diagonal: bool = False
+    min_blocks: int = 0  # per row
 
     def __post_init__(self):
         chosen = [name for name in KNOBS if getattr(self, name) is not None]
         if len(chosen) > 1:
             raise ValueError(f"seer takes one of {', '.join(KNOBS)}; got {' and '.join(chosen)}")
         most = float("inf")
-        check_fields(self, threshold=(-1, 1), nz_ratio=(0, 1), budget=(1, most), top_p=(0, 1), last_dense=(0, most))
+        check_fields(
+            self, threshold=(-1, 1), nz_ratio=(0, 1), budget=(1, most), top_p=(0, 1), last_dense=(0, most), min_blocks=(0, most)
+        )
         knob = chosen[0] if chosen else "threshold"
+        if self.min_blocks and knob != "threshold":
+            raise ValueError(f"seer:min_blocks goes with threshold, got {knob}")
         for name, value in (("knob", knob), ("knob_range", KNOBS[knob][:2]), ("knob_log", KNOBS[knob][2])):
             object.__setattr__(self, name, value)
 
@@ -133,7 +140,8 @@ class Seer(Method):
         if self.top_p is None:
             return choose_blocks(
                 gate_q, gate_k, q_len, kv_len, block, block, width=self._width(-(-kv_len // block)), threshold=self._cut,
-                scale=gate.gate_dim**-0.5, last_dense=int(min(self.last_dense, q_len)), diagonal=self.diagonal,
+                least=int(self.min_blocks), scale=gate.gate_dim**-0.5, last_dense=int(min(self.last_dense, q_len)),
+                diagonal=self.diagonal,
             )  # fmt: skip
         heads = gate_q.shape[1]
         gate_k = gate_k.repeat_interleave(heads // gate_k.shape[1], dim=1)

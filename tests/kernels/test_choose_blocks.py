@@ -36,6 +36,8 @@ RULES = {
     "all dense": dict(width=2, last_dense=999),
     "threshold": dict(threshold=0.1, scale=0.3),
     "threshold, diagonal": dict(threshold=0.2, diagonal=True, last_dense=1),
+    "threshold, least": dict(threshold=0.3, least=2),
+    "least": dict(threshold=1.0, least=3, diagonal=True, last_dense=1),
     "nothing": dict(threshold=1.0),
     "everything": dict(threshold=-0.1),
 }
@@ -45,7 +47,7 @@ def scores(q, k, scale=1.0):
     return q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
 
 
-def rule(s, q_len, kv_len, q_block, kv_block, width=None, threshold=0.0, scale=1.0, last_dense=0, diagonal=False):
+def rule(s, q_len, kv_len, q_block, kv_block, width=None, threshold=0.0, least=0, scale=1.0, last_dense=0, diagonal=False):
     """bool [B, H, NQ, NK] from scores, and how far every score is from its row's cut."""
     chosen, margin = torch.zeros_like(s, dtype=torch.bool), torch.full_like(s, float("inf"))
     rows = s.shape[2]
@@ -56,18 +58,18 @@ def rule(s, q_len, kv_len, q_block, kv_block, width=None, threshold=0.0, scale=1
         if r >= rows - last_dense:
             chosen[b, h, r, :seen] = True
             continue
+        take, far = torch.zeros(seen, dtype=torch.bool, device=s.device), torch.full_like(row, float("inf"))
         if width is None:
             p = row.softmax(0)
             take, far = p > threshold, (p - threshold).abs()
-        else:
+        if count := width or least:
             if diagonal:
                 row[own] = float("inf")
             order = row.sort(descending=True, stable=True)
-            take, far = torch.zeros(seen, dtype=torch.bool, device=s.device), torch.full_like(row, float("inf"))
-            take[order.indices[:width]] = True
-            if width < seen:
-                cut = order.values[width - 1 : width + 1]
-                far = torch.minimum((row - cut[0]).abs(), (row - cut[1]).abs())
+            take[order.indices[:count]] = True
+            if count < seen:
+                cut = order.values[count - 1 : count + 1]
+                far = torch.minimum(far, torch.minimum((row - cut[0]).abs(), (row - cut[1]).abs()))
         if diagonal:
             take[own] = True
         if not take[: own + 1].any():
@@ -105,12 +107,14 @@ def test_follows_the_rule(device, impl, options, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_low_precision_are_exact(device, dtype):
     q, k, sizes = tensors(device, dtype, *SHAPES["ragged, gqa"])
-    for name in ("width", "diagonal", "threshold"):
+    for name in ("width", "diagonal", "threshold, least"):
         check("triton", q, k, sizes, RULES[name], within=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("options", [dict(width=3), dict(width=1), dict(width=4, diagonal=True), dict(width=9)])
+@pytest.mark.parametrize(
+    "options", [dict(width=3), dict(width=1), dict(width=4, diagonal=True), dict(width=9), dict(threshold=1.0, least=3)]
+)
 def test_ties_go_to_the_earlier_block(device, impl, options):
     q, k, sizes = tensors(device, torch.float32, *SHAPES["chunk"])
     for q_rows, k_rows in ((q * 0, k), (q.sign(), k.sign()), (q.sign(), (k > 1.2).float())):
@@ -133,7 +137,7 @@ def test_any_magnitude_and_both_signs(device):
 def test_broken_scores_stay_inside_the_lists(device):
     q, k, sizes = tensors(device, torch.float32, *SHAPES["whole blocks"])
     k[:, :, 4:7], q[:, :, 8] = float("nan"), float("inf")
-    for options in (dict(width=2), dict(width=2, diagonal=True), dict(threshold=0.1)):
+    for options in (dict(width=2), dict(width=2, diagonal=True), dict(threshold=0.1), dict(threshold=0.1, least=2)):
         mask = choose_blocks(q, k, *sizes, **options, impl="triton")
         assert (mask.kv_num_blocks <= options.get("width", 10)).all()
         dataclasses.replace(mask, trusted=False).check()

@@ -166,6 +166,15 @@ def test_row_counts_follow_the_field():
         assert torch.equal(num[0, 0, -2:], rows[-2:].int()) and num[0, 0, -3] == min(width, blocks - 2)
     diagonal = select(Seer(gate=gate, last_dense=0, diagonal=True, budget=2), q, k).dense()
     assert diagonal.diagonal(dim1=-2, dim2=-1).all() and diagonal.sum(-1).max() == 2
+    best = select(Seer(gate=gate, last_dense=0, budget=3), q, k).dense()
+    above = select(Seer(gate=gate, last_dense=0, threshold=0.1), q, k).dense()
+    many = above.sum(-1, keepdim=True) > 3
+    assert many.any() and not many.all()
+    both = select(Seer(gate=gate, last_dense=0, threshold=0.1, min_blocks=3), q, k).dense()
+    assert torch.equal(both, above.where(many, best))
+    assert torch.equal(select(Seer(gate=gate, last_dense=0, threshold=1.0, min_blocks=3), q, k).dense(), best)
+    with pytest.raises(ValueError, match="min_blocks goes with threshold, got budget"):
+        Seer(gate=gate, budget=3, min_blocks=3)
 
 
 def test_top_p_keeps_the_fewest_blocks():
