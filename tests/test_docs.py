@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from sparsebench.methods.seer import distill, extend
 from sparsebench.methods.seer.training import write_history
 from sparsebench.methods.spec import load_plugin
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+REPO = Path(__file__).resolve().parent.parent
+DOCS = REPO / "docs"
 
 
 def test_add_a_method_example(tmp_path):
@@ -59,17 +63,22 @@ def test_seer_page_names_every_field_and_links_to_what_exists():
         assert (DOCS / link.partition("#")[0]).is_file(), link
 
 
-def test_documents_are_cut_as_the_seer_page_says(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", SEER, re.DOTALL)
-    (tmp_path / "a.jsonl").write_text(
-        '{"id": "x", "split": "eval", "text": "abcdefgh"}\n{"id": "y", "split": "train", "text": "ij"}\n'
-    )
-    monkeypatch.setattr("sys.argv", ["cut", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "3"])
-    exec(code, {})
-    parts = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
-    assert [(part["id"], part["text"], part["split"]) for part in parts] == [
-        ("x-0", "abc", "eval"), ("x-3", "def", "eval"), ("y-0", "ij", "train"),
-    ]  # fmt: skip
+def test_the_claims_are_measured_on_pieces_of_the_evaluation_documents(tmp_path):
+    """The first step of seer.sh: pieces of 8k and 32k tokens, and two training documents to turn knobs on."""
+    docs = [{"id": "x", "split": "eval", "text": " one" * 17000}] + [{"id": n, "split": "train", "text": n} for n in "abc"]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    script, corpus = REPO / "results" / "leaderboard" / "seer.sh", str(tmp_path / "docs.jsonl")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(script), str(tmp_path / "out"), corpus, corpus, "windows"]
+    subprocess.run(command, check=True, cwd=REPO, env=os.environ | {"PATH": path})
+    for name in ("books", "proofs"):
+        short, long = (
+            [json.loads(line) for line in (tmp_path / "out" / f"{name}-{length}.jsonl").read_text().splitlines()]
+            for length in ("8k", "32k")
+        )
+        assert [f"{doc['split']} {doc['id']}" for doc in short] == ["eval x-0", "eval x-1", "train a", "train b"]
+        assert [doc["id"] for doc in long] == ["a", "b"]
+        assert short[0]["text"] == short[1]["text"] == " one" * 8208
 
 
 def test_training_curves_show_what_the_files_say(tmp_path):

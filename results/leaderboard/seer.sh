@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The claims table of docs/seer.md: trains a gate, compares it, extends the model to 32k. In the repository root, on a GPU:
 #   bash results/leaderboard/seer.sh OUT books.jsonl proofs.jsonl [STEP ...]
-# Steps, all by default: windows gates extend lengths long methods. The steps after `gates` read the gate that is shipped. Called again it
-# goes on where it stopped.
+# Steps, all by default: windows gates extend lengths long methods. Those after `gates` read the gate that is shipped. Called again
+# it goes on where it stopped.
 set -e
 out=${1:?folder for the results}; books=${2:?corpus}; proofs=${3:?corpus}; shift 3
 data=file:$books,file:$books,file:$books,file:$books,file:$books,file:$books,file:$books,file:$books,file:$proofs
@@ -45,11 +45,12 @@ gates() { # row_mass is the one shipped
   done
 }
 lengths() {
-  run --suites perplexity $(corpora 8k),4k,2k,1k --density 0.5,0.2,0.1 --methods dense seer:last_dense=0 seer:last_dense=0,nz_ratio=0.1
+  run --suites perplexity $(corpora 8k),4k,2k,1k --density 0.5,0.2,0.1 --methods dense \
+    seer:last_dense=0 seer:last_dense=0,min_blocks=3 seer:last_dense=0,nz_ratio=0.1
 }
 methods() {
-  run --suites perplexity,fidelity $(corpora 8k) --density 0.5,0.25,0.1,0.05 --versus "seer(last_dense=0)" --methods all \
-    seer:last_dense=0 "seer:gate=$out/mass,last_dense=0" "seer:gate=$out/max,last_dense=0" oracle:threshold=0.001
+  run --suites perplexity,fidelity $(corpora 8k) --density 0.5,0.25,0.1,0.05 --versus "seer(last_dense=0, min_blocks=3)" \
+    --methods all oracle:threshold=0.001 {seer:,"seer:gate=$out/mass,","seer:gate=$out/max,"}last_dense=0{,",min_blocks=3"}
 }
 extend() {
   for arm in dense 0.5 0.1; do

@@ -1,6 +1,6 @@
 """What gate training costs beside the frozen model's own forward pass: seconds, tokens a second, GPU memory. Random weights.
 
-python results/leaderboard/seer_cost.py OUT.csv        # in the repository root, on a GPU
+python docs/training_cost.py OUT.csv        # on a GPU
 """
 
 from __future__ import annotations
