@@ -84,8 +84,9 @@ def choose_blocks_reference(
         if diagonal:
             keep |= own
             logits.masked_fill_(own, float("inf"))
-        best = logits.sort(dim=-1, descending=True, stable=True).indices[..., : least if width is None else width]
-        chosen[:, part] = keep.scatter_(-1, best, True)
+        if count := width or least:
+            keep.scatter_(-1, logits.sort(dim=-1, descending=True, stable=True).indices[..., :count], True)
+        chosen[:, part] = keep
     return block_lists(complete_rows(chosen & visible, own, last_dense), q_len, kv_len, q_block, kv_block, impl="reference")
 
 
