@@ -8,8 +8,8 @@ attention. Layers train side by side, each from its own inputs, in one forward p
 memory holds one layer's attention at a time, and there are no activations that gradient checkpointing could spare.
 
 The default learns the mass of a block, from all rows. The paper's recipe is `--loss max --drop 0.25`: the largest probability
-in a block, without the first quarter of the rows. Gates of the mass keep more of the attention at equal density, because that is
-what a selection of blocks keeps or loses; docs/seer.md compares what every loss keeps, and loses in perplexity.
+in a block, without the first quarter of the rows. Gates of the mass keep more of the attention at equal density, the others
+lose less perplexity: docs/seer.md has the numbers.
 
 Of the parallel configurations, DDP, FSDP (version 2, TRANSFORMER_BASED_WRAP, without mixed precision, which would train the
 gates in bf16) and DeepSpeed up to ZeRO-2 fit a gate that is fed inside another module's forward.
