@@ -1,6 +1,7 @@
 """Writes docs/methods.md from the registered methods and docs/conformance.csv.
 
---gallery draws docs/gallery.png as well, --training docs/seer-training.png from loss.csv files of the gate trainer.
+--gallery draws docs/gallery.png as well, --training docs/seer-training.png from loss.csv files of the gate trainer, --densities
+docs/seer-perplexity.png from results/leaderboard/seer.csv.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
 
 from sparsebench.kernels.block_mass import block_mass
 from sparsebench.methods import METHODS, Method
@@ -44,6 +46,13 @@ MODEL, CORPUS, LENGTH, LAYER, HEAD, DENSITY, CELL = "smollm2-135m", "pydoc", 204
 # The defaults of these select everything at this length.
 SHOWN: dict[str, dict[str, Any]] = {"moba": {"chunk": 128}, "spargeattn": {"smooth_k": False}}
 TRAINING_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+CURVES = {
+    "oracle(threshold=0.001)": "--",
+    "seer(last_dense=0, min_blocks=3)": "-",
+    "xattention": "-",
+    "minference": "-",
+    "a_shape": "-",
+}
 COLUMNS = ["name", "what", "paper", "phase", "needs", "knob", "selection cost", "checked"]
 INTRO = """# Methods
 
@@ -179,6 +188,31 @@ def training_curves(files: list[Path]) -> Figure:
     return figure
 
 
+def perplexity_curves(board: pd.DataFrame) -> Figure:
+    """Perplexity over dense, with its interval, by measured density at 8k, of the methods in CURVES; board: seer.csv."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, corpus in zip(figure.subplots(1, 2), ("books", "proofs")):
+        cell = f"perplexity file:runs/seer/{corpus}-8k.jsonl 8k"
+        for number, (name, style) in enumerate(CURVES.items()):
+            rows = board[board["label"] == name].dropna(subset=[f"{cell} vs_dense"]).sort_values(f"{cell} density")
+            ratio, low, high = (rows[f"{cell} {stat}"] for stat in ("vs_dense", "vs_low", "vs_high"))
+            color = "#444444" if style == "--" else TRAINING_COLORS[number % len(TRAINING_COLORS)]
+            axes.errorbar(
+                rows[f"{cell} density"], ratio, yerr=(ratio - low, high - ratio), label=name, color=color, linestyle=style,
+                marker="o", markersize=3, capsize=2, linewidth=1.2,
+            )  # fmt: skip
+        axes.set(title=f"{corpus}: perplexity / dense", xlabel="measured density", xscale="log", yscale="log")
+        axes.grid(color="#d9d9d9", linewidth=0.5, which="both")
+        for axis, ticks in ((axes.xaxis, (0.05, 0.1, 0.2, 0.5)), (axes.yaxis, (1, 1.1, 1.25, 1.5, 2, 3, 5))):
+            low, high = axis.get_view_interval()
+            axis.set_ticks(
+                [tick for tick in ticks if low <= tick <= high], labels=[f"{t:g}" for t in ticks if low <= t <= high]
+            )
+            axis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False)
+    return figure
+
+
 def draw_gallery(path: Path) -> None:
     panels, columns = list(selections()), 6
     rows = -(-len(panels) // columns)
@@ -209,10 +243,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gallery", action="store_true", help="also draw gallery.png, which takes minutes on a CPU")
     parser.add_argument("--training", nargs="+", type=Path, metavar="LOSS.CSV", help="also draw seer-training.png of these")
+    parser.add_argument("--densities", action="store_true", help="also draw seer-perplexity.png")
     args = parser.parse_args()
     matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 9, "figure.labelsize": 10, "legend.fontsize": 9}
     if args.gallery:
         draw_gallery(DOCS / "gallery.png")
     if args.training:
         training_curves(args.training).savefig(DOCS / "seer-training.png", dpi=130)
+    if args.densities:
+        board = pd.read_csv(DOCS.parent / "results" / "leaderboard" / "seer.csv")
+        perplexity_curves(board).savefig(DOCS / "seer-perplexity.png", dpi=130)
     (DOCS / "methods.md").write_text(page(), encoding="utf-8")

@@ -12,7 +12,20 @@ import pandas as pd
 
 from .plots import pareto_points, quality_plots
 from .store import write_atomically
-from .tables import DENSITY, PROVENANCE, ROW, STATS, TEXT, TIMED, ctx_name, metric_name, overview, summary, varying
+from .tables import (
+    DENSITY,
+    PROVENANCE,
+    ROW,
+    STATS,
+    TEXT,
+    TIMED,
+    VERSUS,
+    ctx_name,
+    metric_name,
+    overview,
+    summary,
+    varying,
+)  # fmt: skip
 from .text import alarms, notes, problems, sections
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
@@ -23,7 +36,8 @@ border-bottom:1px solid #ddd;white-space:nowrap}img{max-width:100%}"""
 def write(frame: pd.DataFrame, folder: str | Path, versus: str | None = None) -> None:
     """Write leaderboard.csv, pareto.csv, the plots (PNG) and report.html, which needs no other file.
 
-    `frame` is Store.frame(); `versus` is a method that the tables of the report compare with besides dense, see summary().
+    `frame` is Store.frame(); `versus` is a method to compare with besides dense, see summary(): in the report's tables and as
+    the columns VERSUS of leaderboard.csv.
     """
     folder = Path(folder)
     table, means = summary(frame, versus), overview(frame, versus)
@@ -59,7 +73,7 @@ def _board(frame: pd.DataFrame, table: pd.DataFrame, means: pd.DataFrame) -> pd.
             column = " ".join(filter(None, [*place[:2], metric_name(record["metric"], str(suite)), *place[2:]]))
             row[column] = record["value"]
             if suite not in TIMED:
-                row |= {f"{column} {stat}": record[stat] for stat in ("tasks", *STATS) if stat in record}
+                row |= {f"{column} {stat}": record[stat] for stat in ("tasks", *STATS, *VERSUS) if stat in record}
             row |= {" ".join(filter(None, [*place, name])): record[name] for name in DENSITY}
     for name in (name for name in PROVENANCE if f"prov_{name}" in frame):
         values = frame.drop_duplicates("key").set_index("key")[f"prov_{name}"].dropna().astype(str)

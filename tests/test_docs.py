@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -81,10 +82,24 @@ def test_the_claims_are_measured_on_pieces_of_the_evaluation_documents(tmp_path)
         assert short[0]["text"] == short[1]["text"] == " one" * 8208
 
 
-def test_training_curves_show_what_the_files_say(tmp_path):
+@pytest.fixture(scope="module")
+def build():
     spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_perplexity_curves_show_what_is_published(build):
+    board = pd.read_csv(REPO / "results" / "leaderboard" / "seer.csv")
+    for axes, corpus in zip(build.perplexity_curves(board).axes, ("books", "proofs")):
+        for name, drawn in zip(build.CURVES, axes.containers, strict=True):
+            cell = f"perplexity file:runs/seer/{corpus}-8k.jsonl 8k"
+            published = board[board["label"] == name].set_index(f"{cell} density")[f"{cell} vs_dense"].dropna().sort_index()
+            assert drawn.lines[0].get_xydata().tolist() == list(map(list, published.items())) and len(published) >= 4
+
+
+def test_training_curves_show_what_the_files_say(tmp_path, build):
     rows = [{"step": i, "loss": 1 / (i + 1)} for i in range(30)]
     for row in rows[::10]:
         row |= {"mass_recall": row["step"] / 40, "mass_recall_oracle": 0.9}

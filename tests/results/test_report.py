@@ -12,6 +12,7 @@ import pytest
 
 import sparsebench.results
 from sparsebench.results import Store, plots, report
+from sparsebench.results.tables import VERSUS
 from sparsebench.suites.base import Cell, Score
 
 CELL = Cell(
@@ -93,6 +94,15 @@ def test_report_is_self_contained_and_complete(frame, tmp_path):
     assert "2.99" in html and "oracle" in html
     assert len(pd.read_csv(tmp_path / "leaderboard.csv")) == 7
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_leaderboard_holds_the_comparison_that_was_asked_for(frame, tmp_path):
+    def columns(versus):
+        report.write(frame, tmp_path, versus)
+        return set(pd.read_csv(tmp_path / "leaderboard.csv").columns)
+
+    plain, compared = columns(None), columns("oracle")
+    assert {name.rpartition(" ")[2] for name in compared - plain} <= set(VERSUS) and compared > plain
 
 
 def test_empty_report(tmp_path):
