@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 from collections import defaultdict
@@ -39,6 +40,15 @@ def pytest_terminal_summary(terminalreporter, config):
     if path := config.getoption("--conformance-csv"):
         with open(path, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("method", "case", *COLUMNS), *rows])
+
+
+@pytest.fixture(scope="session")
+def build():
+    """docs/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("docs_build", REPO / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The documentation's examples run as they are printed."""
 
-import importlib.util
 import json
 import os
 import re
@@ -80,14 +79,6 @@ def test_the_claims_are_measured_on_pieces_of_the_evaluation_documents(tmp_path)
         assert [f"{doc['split']} {doc['id']}" for doc in short] == ["eval x-0", "eval x-1", "train a", "train b"]
         assert [doc["id"] for doc in long] == ["a", "b"]
         assert short[0]["text"] == short[1]["text"] == " one" * 8208
-
-
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_perplexity_curves_show_what_is_published(build):

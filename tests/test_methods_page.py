@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
 
@@ -12,14 +11,6 @@ from sparsebench.methods import METHODS, base
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BUILTIN = sorted(name for name, cls in METHODS.items() if cls.__module__.startswith("sparsebench.methods."))
-
-
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
