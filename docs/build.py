@@ -45,14 +45,8 @@ GROUPS = {  # heading: (what its methods share, in reading order); a method name
 MODEL, CORPUS, LENGTH, LAYER, HEAD, DENSITY, CELL = "smollm2-135m", "pydoc", 2048, 20, 7, 0.25, 8
 # The defaults of these select everything at this length.
 SHOWN: dict[str, dict[str, Any]] = {"moba": {"chunk": 128}, "spargeattn": {"smooth_k": False}}
-TRAINING_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-CURVES = {
-    "oracle(threshold=0.001)": "--",
-    "seer(last_dense=0, min_blocks=3)": "-",
-    "xattention": "-",
-    "minference": "-",
-    "a_shape": "-",
-}
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+CURVES = ("oracle(threshold=0.001)", "seer(last_dense=0, min_blocks=3)", "xattention", "minference", "a_shape")
 COLUMNS = ["name", "what", "paper", "phase", "needs", "knob", "selection cost", "checked"]
 INTRO = """# Methods
 
@@ -170,7 +164,7 @@ def training_curves(files: list[Path]) -> Figure:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     of_loss, of_recall = figure.subplots(1, 2)
     for number, file in enumerate(files):
-        steps, color = pd.read_csv(file).set_index("step"), TRAINING_COLORS[number % len(TRAINING_COLORS)]
+        steps, color = pd.read_csv(file).set_index("step"), COLORS[number % len(COLORS)]
         of_loss.plot(steps["loss"], color=color, linewidth=0.4, alpha=0.5)
         of_loss.plot(
             steps["loss"].rolling(20, min_periods=1, center=True).mean(), color=color, label=file.resolve().parent.name
@@ -193,21 +187,20 @@ def perplexity_curves(board: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     for axes, corpus in zip(figure.subplots(1, 2), ("books", "proofs")):
         cell = f"perplexity file:runs/seer/{corpus}-8k.jsonl 8k"
-        for number, (name, style) in enumerate(CURVES.items()):
+        for name, color in zip(CURVES, ("#444444", *COLORS)):
             rows = board[board["label"] == name].dropna(subset=[f"{cell} vs_dense"]).sort_values(f"{cell} density")
             ratio, low, high = (rows[f"{cell} {stat}"] for stat in ("vs_dense", "vs_low", "vs_high"))
-            color = "#444444" if style == "--" else TRAINING_COLORS[number % len(TRAINING_COLORS)]
             axes.errorbar(
-                rows[f"{cell} density"], ratio, yerr=(ratio - low, high - ratio), label=name, color=color, linestyle=style,
+                rows[f"{cell} density"], ratio, yerr=(ratio - low, high - ratio), label=name, color=color,
+                linestyle="--" if name.startswith("oracle") else "-",
                 marker="o", markersize=3, capsize=2, linewidth=1.2,
             )  # fmt: skip
         axes.set(title=f"{corpus}: perplexity / dense", xlabel="measured density", xscale="log", yscale="log")
         axes.grid(color="#d9d9d9", linewidth=0.5, which="both")
         for axis, ticks in ((axes.xaxis, (0.05, 0.1, 0.2, 0.5)), (axes.yaxis, (1, 1.1, 1.25, 1.5, 2, 3, 5))):
             low, high = axis.get_view_interval()
-            axis.set_ticks(
-                [tick for tick in ticks if low <= tick <= high], labels=[f"{t:g}" for t in ticks if low <= t <= high]
-            )
+            shown = [tick for tick in ticks if low <= tick <= high]
+            axis.set_ticks(shown, labels=[f"{tick:g}" for tick in shown])
             axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
     return figure

@@ -5,7 +5,7 @@
 # it goes on where it stopped.
 set -e
 out=${1:?folder for the results}; books=${2:?corpus}; proofs=${3:?corpus}; shift 3
-data=file:$books,file:$books,file:$books,file:$books,file:$books,file:$books,file:$books,file:$books,file:$proofs
+b=file:$books; data=$b,$b,$b,$b,$b,$b,$b,$b,file:$proofs
 shipped=methods/seer/gates/smollm2-135m
 run() { python run_bench.py --out "$out/bench" --limit 12 "$@"; }
 corpora() { echo "--corpus file:$out/books-$1.jsonl file:$out/proofs-$1.jsonl --ctx $1"; }
