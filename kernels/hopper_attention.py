@@ -120,13 +120,9 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
         return dict(STAGES=2, Q_IN_REGS=True, together=together, num_warps=4, maxnreg=168)
     pack = 2 if mask.q_block == 64 else 1
     # Three stages against two: 592 and 583 at 32k, 644 and 623 with half kept, 620 and 604 at 128k.
-    options = dict(
-        BN=128, STAGES_K=3, STAGES_V=3, PACK=pack, Q_IN_REGS=False, together=1, programs=None, num_warps=4, maxnreg=168,
-    )  # fmt: skip
-    if mask.kv_block == 128 and kv_len <= MEDIUM:  # the next unit's loads run during the end of this one: 616 against 593
-        options |= dict(together=group, programs=multiprocessors(q.device))
-    elif pack == 1 and kv_len > MEDIUM:  # q from registers spares shared memory reads, its load delays the start: 628, 620
-        options |= dict(Q_IN_REGS=True)
+    options = dict(BN=128, STAGES_K=3, STAGES_V=3, PACK=pack, together=1, programs=None, num_warps=4, maxnreg=168)
+    if kv_len <= MEDIUM:  # the next unit's loads run during the end of this one: 599 and 576 (128x64), 608 and 566 (shared)
+        options |= dict(together=group // pack, programs=multiprocessors(q.device))
     return options
 
 

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .hopper_attention import DTYPES, HEAD_DIMS, _box, on_hopper
-from .hopper_kernels import LANES, ROWS, _barriers, _begin_step, _copy_in, _end_step, _row_sums, _score, _store_out
+from .hopper_kernels import LANES, ROWS, _barriers, _begin_step, _copy_in, _end_step, _operand, _row_sums, _score, _store_out
 from .launch import LOG2E
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names in Triton 3.9 and 3.6
@@ -117,11 +117,6 @@ def _softmax_step(
 
 
 @gluon.jit
-def _operand(b_p, b_acc, v_smem):
-    return gl.convert_layout(b_p.to(v_smem.dtype), gl.DotOperandLayout(0, b_acc.type.layout, 2))
-
-
-@gluon.jit
 def _step(
     i, token, b_q, b_p, b_m, b_l, b_acc, zeros, ring, o_n, o_row, kv_len, slots, slot_tiles, scale_log2,
     OF: gl.constexpr, MASKED: gl.constexpr,
@@ -129,11 +124,11 @@ def _step(
     """q k^T of this step and p v of the last one run while the softmax of this one is computed. b_p goes from step to step in
     fp32: two loops in a row would unpack and pack 16-bit numbers in every step."""
     _q_smem, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = ring
-    b_s, b_acc = _begin_step(b_q, _operand(b_p, b_acc, v_smem), b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
+    b_s, b_acc = _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
     b_p, b_alpha, b_m, b_l = _softmax_step(
         b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, OF, MASKED
     )  # fmt: skip
-    _, b_acc = _end_step(b_p, b_alpha, b_acc, v_smem, v_full, v_empty, i)
+    b_acc = _end_step(b_alpha, b_acc, v_smem, v_full, v_empty, i)
     return b_p, b_m, b_l, b_acc
 
 

@@ -78,26 +78,33 @@ def _row_sums(b_l, b_m):
 
 
 @gluon.jit
+def _operand(b_p, b_acc, smem):
+    """Probabilities in fp32 as the first operand of their product with the values in smem."""
+    return gl.convert_layout(b_p.to(smem.dtype), gl.DotOperandLayout(0, b_acc.type.layout, 2))
+
+
+@gluon.jit
 def _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i):
-    """(q k^T of step i, p v of step i - 1, still under way)."""
+    """(q k^T of step i, p v of step i - 1, still under way).
+
+    Probabilities pass from step to step in fp32: in 16 bits every step would unpack and pack them.
+    """
     b_s = _score(b_q, k_smem, k_full, i, zeros)
-    b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % v_smem.shape[0]), b_acc, is_async=True)
+    b_acc = warpgroup_mma(_operand(b_p, b_acc, v_smem), v_smem.index((i - 1) % v_smem.shape[0]), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(k_empty.index(i % k_smem.shape[0]), count=1)
     return b_s, b_acc
 
 
 @gluon.jit
-def _end_step(b_p, b_alpha, b_acc, v_smem, v_full, v_empty, i):
-    """(probabilities of step i as an operand, accumulator to add its p v to)."""
+def _end_step(b_alpha, b_acc, v_smem, v_full, v_empty, i):
+    """The accumulator to add p v of step i to."""
     STAGES: gl.constexpr = v_smem.shape[0]
     # Between softmax and the next wait: without it ptxas waits for p v before the softmax.
     mbarrier.wait(v_full.index(i % STAGES), i // STAGES & 1)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
     mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
-    O: gl.constexpr = b_acc.type.layout
-    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
-    return gl.convert_layout(b_p.to(v_smem.dtype), gl.DotOperandLayout(0, O, 2)), b_acc
+    return b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
 
 
 @gluon.jit
@@ -157,7 +164,6 @@ def _solo_step(
 ):  # fmt: skip
     BN: gl.constexpr = k_smem.shape[1]
     BYTES: gl.constexpr = BN * k_smem.shape[2] * 2
-    O: gl.constexpr = b_acc.type.layout
     ahead = i + STAGES
     first = _first_key(kv_index, gl.where(ahead < edge, n - 1 - ahead, ahead - edge), width, BN, KV)
     o_key = o_n
@@ -169,8 +175,8 @@ def _solo_step(
     b_s = warpgroup_mma_wait(0, deps=[b_s])
     _copy_in(k_box, i_b, i_kv, first, k_full.index(slot), k_smem.index(slot), ahead < n)
     b_p, b_alpha, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, o_key < kv_len, MASKED)
-    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, O))[:, None]
-    b_p = gl.convert_layout(b_p.to(k_box.dtype), gl.DotOperandLayout(0, O, 2))
+    b_acc = b_acc * gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout))[:, None]
+    b_p = _operand(b_p, b_acc, v_smem)
     mbarrier.wait(v_full.index(slot), phase)
     mbarrier.expect(v_full.index(slot), BYTES, pred=ahead < n)
     b_acc = warpgroup_mma(b_p, v_smem.index(slot), b_acc, is_async=True)

@@ -21,6 +21,7 @@ from .hopper_kernels import (
     _copy_in,
     _end_step,
     _load,
+    _operand,
     _row_sums,
     _score,
     _softmax_step,
@@ -138,13 +139,13 @@ def _team_step(
     if MASKED:
         o_key, seen = _keys(t, n, masked, pad, kv_list, kv_len, o_n, KV, k_smem.shape[1] // KV)
     b_s, b_acc = _begin_step(b_q, b_p, b_acc, zeros, k_smem, k_full, k_empty, v_smem, i)
-    b_p32, b_alpha, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED)
-    b_p, b_acc = _end_step(b_p32, b_alpha, b_acc, v_smem, v_full, v_empty, i)
+    b_p, b_alpha, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, MASKED)
+    b_acc = _end_step(b_alpha, b_acc, v_smem, v_full, v_empty, i)
     return b_p, b_m, b_l, b_acc
 
 
 @gluon.jit
-def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr):
+def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, STORE_LSE: gl.constexpr):
     o_box, lse, pipes, plan, units, edge, q_len, kv_len, scale_log2 = args
     q_smem, q_full, q_empty = pipes[0]
     v_smem, v_empty = pipes[2][0], pipes[2][2]
@@ -166,11 +167,7 @@ def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, Q_IN_R
         b_acc = gl.zeros([ROWS, D], gl.float32, O)
         mbarrier.wait(q_full.index(W), turn & 1)
         b_q = q_smem.index(W)
-        if Q_IN_REGS:
-            b_q = b_q.load(gl.DotOperandLayout(0, S, 2))
-        b_p, b_m, b_l = _first_step(
-            n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV, O
-        )
+        b_p, b_m, b_l = _first_step(n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV)
         i += 1
         for t in range(1, masked):
             b_p, b_m, b_l, b_acc = _team_step(
@@ -184,7 +181,7 @@ def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, Q_IN_R
                 KV, False,
             )  # fmt: skip
             i += 1
-        b_acc = warpgroup_mma(b_p, v_smem.index((i - 1) % SV), b_acc, is_async=True)
+        b_acc = warpgroup_mma(_operand(b_p, b_acc, v_smem), v_smem.index((i - 1) % SV), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
         i_bh = i_b * plan[4] + i_h
@@ -194,9 +191,7 @@ def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, Q_IN_R
 
 
 @gluon.jit
-def _first_step(
-    n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr, O: gl.constexpr
-):
+def _first_step(n, i, masked, pad, kv_list, b_q, b_m, b_l, zeros, pipes, o_n, o_row, kv_len, scale_log2, KV: gl.constexpr):
     """A turn's first step, which has no product with V of an earlier one."""
     k_smem, k_full, k_empty = pipes[1]
     v_smem, v_full = pipes[2][0], pipes[2][1]
@@ -206,7 +201,7 @@ def _first_step(
     mbarrier.arrive(k_empty.index(i % k_smem.shape[0]), count=1)
     b_p, _, b_m, b_l = _softmax_step(b_s, b_m, b_l, scale_log2, o_key, o_row, seen, True)
     mbarrier.wait(v_full.index(i % SV), i // SV & 1)
-    return gl.convert_layout(b_p.to(b_q.dtype), gl.DotOperandLayout(0, O, 2)), b_m, b_l
+    return b_p, b_m, b_l
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
@@ -214,7 +209,7 @@ def attention_team_kernel(
     q_box, k_box, v_box, o_box, lse, kv_num, kv_index,
     stride_mask_batch, heads, group, mask_heads, q_len, kv_len, tiles, width, edge, together, units, scale_log2,
     D: gl.constexpr, KV: gl.constexpr, BN: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
-    PACK: gl.constexpr, Q_IN_REGS: gl.constexpr, STORE_LSE: gl.constexpr,
+    PACK: gl.constexpr, STORE_LSE: gl.constexpr,
 ):  # fmt: skip
     """Two warpgroups of 64 rows over one list of blocks of KV keys, BN keys a step, fed by one warp.
 
@@ -227,7 +222,6 @@ def attention_team_kernel(
     k_smem = gl.allocate_shared_memory(dtype, [STAGES_K, BN, D], TILE)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES_V, BN, D], TILE)
     q_full, q_empty = _barriers(TEAM, 1), _barriers(TEAM, 1)
-    _barriers(2, 1)  # nothing waits for these: without them the compiled kernel would not be the one that was measured
     k_full, k_empty = _barriers(STAGES_K, 1), _barriers(STAGES_K, TEAM)
     v_full, v_empty = _barriers(STAGES_V, 1), _barriers(STAGES_V, TEAM)
     fence_async_shared()
@@ -235,7 +229,7 @@ def attention_team_kernel(
     plan = (kv_num, kv_index, tiles, together, heads, group, stride_mask_batch, mask_heads, width)
     args = (o_box, lse, pipes, plan, units, edge, q_len, kv_len, scale_log2)
     gl.warp_specialize([
-        (_consume, (args, 0, KV, PACK, Q_IN_REGS, STORE_LSE)),
-        (_consume, (args, 1, KV, PACK, Q_IN_REGS, STORE_LSE)),
+        (_consume, (args, 0, KV, PACK, STORE_LSE)),
+        (_consume, (args, 1, KV, PACK, STORE_LSE)),
         (_produce, (q_box, k_box, v_box, pipes, plan, units, edge, KV, PACK)),
     ], [4, 1], [240, 24])  # fmt: skip

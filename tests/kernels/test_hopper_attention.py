@@ -105,12 +105,13 @@ def test_patterns(pattern, blocks, hopper, check_attention):
         check_attention(*hopper_forward(q, k, v, mask, scale, True), q, k, v, mask)
 
 
-TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, PACK=1, Q_IN_REGS=False, maxnreg=168)
+TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, PACK=1, maxnreg=168)
 KERNELS = {
     "one stage": ((64, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
     "64-row programs, blocks 128x64": ((128, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
     "64-row programs, blocks 128x128": ((128, 128), dict(STAGES=2, Q_IN_REGS=True, maxnreg=168)),
     "a program for several units": ((128, 128), TEAM | dict(programs=3)),
+    "a program for several units, blocks 128x64": ((128, 64), TEAM | dict(programs=3)),
 }
 
 
