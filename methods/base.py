@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,12 +117,18 @@ class Method:
         block, density = getattr(self, "block", 64), getattr(self, "density", None)
         if density is None:
             raise ValueError(f"{self.name} has scores but no field `density` to say how many of them are kept")
-        return keep_top(self.score(q, k, ctx), q.shape[2], k.shape[2], block, block, density)
+        scores = self.score(q, k, ctx)
+        if not isinstance(scores, Tensor):
+            raise ValueError(f"{self.name}: score() must return a tensor, got {type(scores).__name__}")
+        mask = keep_top(scores, q.shape[2], k.shape[2], block, block, density)
+        if (scores.isnan() & causal_blocks(q.shape[2], k.shape[2], block, block, q.device)).any():
+            raise ValueError(f"{self.name}: score() returned NaN for blocks that are no future")
+        return mask
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         """The attention output [B, H, q_len, D]."""
         with torch.no_grad():  # a choice of blocks has no gradient, and its graph may hold the whole attention map
-            ctx.mask = self.select(q, k, ctx)
+            ctx.mask = selected(self, q, k, ctx)
         return block_sparse_attention(q, k, v, ctx.mask, scale=ctx.scale)
 
     def prepare(self, model: ModelSpec) -> Method:
@@ -152,8 +159,9 @@ class Method:
 def register(cls: type[Method]) -> type[Method]:
     """Class decorator: make a method known by its name.
 
-    Raises: ValueError for a missing or duplicate name, a class that is no frozen dataclass, a field without default, or one
-    that overrides none or several of score, select and attend.
+    Raises: ValueError for a name that is missing, taken or no word, a class that is no frozen dataclass, a field without
+        default, a knob_range that does not hold its knob's default, or a class that overrides none or several of score, select
+        and attend.
     """
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen or "__dataclass_fields__" not in vars(cls):
@@ -167,8 +175,13 @@ def register(cls: type[Method]) -> type[Method]:
         raise ValueError(f"{cls.__name__} needs a default for {', '.join(bare)}")
     if cls.knob is not None and cls.knob not in fields:
         raise ValueError(f"{cls.__name__}.knob names no field: {cls.knob!r}")
-    if not isinstance(getattr(cls, "name", None), str):
-        raise ValueError(f"{cls.__name__} needs a name: what --methods calls it")
+    default = getattr(cls, cls.knob, None) if cls.knob is not None else None
+    if default is not None and not min(cls.knob_range) <= default <= max(cls.knob_range):
+        raise ValueError(
+            f"{cls.__name__}.knob_range {cls.knob_range} does not hold {cls.knob}={default}: give sparsest and densest value"
+        )
+    if not isinstance(getattr(cls, "name", None), str) or not re.fullmatch(r"\w[\w.-]*", cls.name) or "name" in fields:
+        raise ValueError(f"{cls.__name__} needs a name, one word and no field: what --methods calls it")
     if cls.name in METHODS:
         raise ValueError(f"a method named {cls.name!r} is registered already")
     METHODS[cls.name] = cls
@@ -181,6 +194,24 @@ def check_fields(method: Method, **bounds: tuple[float, float]) -> None:
         value = getattr(method, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{method.name}:{name}={value} is out of range [{low:.10g}, {high:.10g}]")
+
+
+def selected(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
+    """method.select(q, k, ctx). Raises: ValueError when that is no BlockMask."""
+    mask = method.select(q, k, ctx)
+    if not isinstance(mask, BlockMask):
+        raise ValueError(f"{method.name}: select() must return a BlockMask, got {type(mask).__name__}")
+    return mask
+
+
+def attended(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+    """method.attend(q, k, v, ctx). Raises: ValueError when that has another shape or dtype than q."""
+    out = method.attend(q, k, v, ctx)
+    # Autocast computes in a dtype of its own.
+    if out.shape != q.shape or (out.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
+        wanted, got = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (q, out))
+        raise ValueError(f"{method.name}: attend() must return {wanted}, got {got}")
+    return out
 
 
 def _context(q, k, v, q_pre, k_pre, rope_theta, layer) -> LayerContext:
@@ -207,7 +238,7 @@ def select(
     if type(method).attend is not Method.attend:
         return attention(method, q, k, k if v is None else v, q_pre=q_pre, k_pre=k_pre, rope_theta=rope_theta, layer=layer)[1]
     with torch.no_grad():
-        return method.select(q, k, _context(q, k, v, q_pre, k_pre, rope_theta, layer))
+        return selected(method, q, k, _context(q, k, v, q_pre, k_pre, rope_theta, layer))
 
 
 def attention(
@@ -216,7 +247,7 @@ def attention(
 ) -> tuple[Tensor, BlockMask]:  # fmt: skip
     """The attention output [B, H, q_len, D] of `method` outside any model, and the BlockMask that ran; see select()."""
     ctx = _context(q, k, v, q_pre, k_pre, rope_theta, layer)
-    out = method.attend(q, k, v, ctx)
+    out = attended(method, q, k, v, ctx)
     return out, ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
 
 

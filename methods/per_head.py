@@ -140,7 +140,7 @@ def command(
     parser = argparse.ArgumentParser(prog=f"python -m sparsebench.methods.{method}", description=description)
     parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
     parser.add_argument("--data", required=True, help="corpus whose split 'train' is read, e.g. file:PATH")
-    parser.add_argument("--ctx", type=parse_tokens, default=8192, help="tokens per document, e.g. 8k")
+    parser.add_argument("--ctx", default="8k", help="tokens per document, default 8k")
     parser.add_argument("--out", required=True, type=Path, help=out_help)
     parser.add_argument("--limit", type=int, default=1, help="documents to search over")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -149,8 +149,12 @@ def command(
         parser.add_argument(f"--{name}", **settings)
     args = parser.parse_args(argv)
     try:
+        ctx_len = parse_tokens(args.ctx)
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder: name the file")
         loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-        windows = token_windows(loaded.tokenizer, args.data, "train", args.ctx, args.limit)
+        loaded.check_length(ctx_len)
+        windows = token_windows(loaded.tokenizer, args.data, "train", ctx_len, args.limit)
         documents = [ids for _, ids in windows.ids]
         found = search(loaded.model, loaded.spec, documents, **{name: getattr(args, name) for name in options or {}})
     except ValueError as error:

@@ -13,6 +13,9 @@ from typing import Any
 
 from .base import METHODS, Method
 
+PLUGIN = "sparsebench_plugin_"  # how the modules of plug-ins are named
+MOST_TOKENS = 2**40
+
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """The end of an error message about an unknown name: the closest known ones, or all."""
@@ -41,8 +44,8 @@ def parse_tokens(text: str) -> int:
     """A length in tokens: "512", "8k" = 8192, "1m". Raises: ValueError for anything else."""
     match = re.fullmatch(r"(\d+)([km]?)", text.lower())
     tokens = int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]] if match else 0
-    if tokens < 2:
-        raise ValueError(f"lengths are written 512, 8k or 1m, got {text!r}")
+    if not 2 <= tokens <= MOST_TOKENS:
+        raise ValueError(f"lengths are 2 tokens or more, written 512, 8k or 1m, got {text!r}")
     return tokens
 
 
@@ -90,7 +93,7 @@ def load_plugin(path: str) -> set[str]:
     """Run a Python file that registers methods; returns their names. Raises: ValueError when it is none or fails."""
     if not Path(path).is_file():
         raise ValueError(f"no such plug-in file: {path}")
-    spec = importlib.util.spec_from_file_location(f"sparsebench_plugin_{Path(path).stem}", path)
+    spec = importlib.util.spec_from_file_location(PLUGIN + Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"a plug-in is a Python file (.py), got {path}")
     for name in [name for name, cls in METHODS.items() if cls.__module__ == spec.name]:
@@ -123,7 +126,9 @@ def _parse_one(spec: str) -> Method:
     values = {}
     for item in filter(None, fields.split(",")):
         field, equals, value = item.partition("=")
-        if not equals or field not in hints:
+        if field in hints and not equals:
+            raise ValueError(f"{name}:{field} has no value; write {name}:{field}=VALUE")
+        if field not in hints:
             raise ValueError(f"{name} has no field {field!r}; {nearest(field, hints) if hints else 'it has none'}")
         try:
             values[field] = _parse_value(value, hints[field])

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from ..kernels import resolve_impl, visible_pairs
-from ..methods.base import Method, dense_attention
+from ..methods.base import Method, attended, dense_attention
 from ..methods.dense import Dense
 from .rope import ModelContext, ModelRope, find_rotary
 from .trace import Trace
@@ -246,7 +246,7 @@ class _Attachment:
             layer=layer, phase=phase, scale=scale, v=v, positions=queries, state=state, rope=self.ropes[layer],
             num_layers=self.num_layers, q=q, k=k, rotary_positions=rotary_positions,
         )  # fmt: skip
-        out = self.method.attend(q, k, v, ctx)
+        out = attended(self.method, q, k, v, ctx)
         if ctx.mask is None:
             self.trace.add_dense(layer, phase, q, q.shape[0] * visible_pairs(q_len, kv_len))
         else:

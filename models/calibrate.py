@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import LayerContext, Method, dense_attention
+from ..methods.base import LayerContext, Method, dense_attention, selected
 from .attach import attach
 
 STEPS = 16
@@ -57,12 +57,12 @@ def calibrate(
     `ready` makes a candidate runnable (Method.prepare for the model, or Method.synthetic).
 
     Bisection within knob_range to 1 % of the target, or as near as the knob's range and steps allow.
-    Raises: ValueError when the method has no knob.
+    Raises: ValueError when the method has no knob, or knob_range names its densest value first.
     """
     knob = method.knob
     if knob is None:
         raise ValueError(f"{method.name} has no knob: its density is fixed by its definition")
-    low, high = method.knob_range
+    low, high = sparsest, densest = method.knob_range
     hint = typing.get_type_hints(type(method))[knob]  # not the value: 1.0 comes back from a stored cell as 1
     whole = float not in (typing.get_args(hint) or (hint,))
     log = method.knob_log
@@ -87,13 +87,19 @@ def calibrate(
     else:  # an end of the range is nearer than anything inside it when the density jumps there
         density_at(low)
         density_at(high)
+        ends = density_at(sparsest), density_at(densest)
+        if ends[0] > 1.1 * ends[1]:
+            raise ValueError(
+                f"{method.name}.knob_range is (sparsest, densest value), but {knob}={sparsest:g} keeps {ends[0]:.3g} of the "
+                f"pairs and {knob}={densest:g} keeps {ends[1]:.3g}"
+            )
     return min(tried.values(), key=lambda found: abs(found[1] - target))
 
 
 def _density(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> float:
     ctx.state.clear()
     if type(method).attend is Method.attend:
-        return float(method.select(q, k, ctx).density().mean())
+        return float(selected(method, q, k, ctx).density().mean())
     ctx.mask = None
     method.attend(q, k, ctx.v, ctx)
     return 1.0 if ctx.mask is None else float(ctx.mask.density().mean())

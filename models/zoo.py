@@ -67,12 +67,20 @@ class LoadedModel:
     revision: str
     max_ctx: int
 
+    def check_length(self, ctx_len: int) -> None:
+        """Raise ValueError when ctx_len tokens are more than the model has positions for."""
+        if ctx_len > self.max_ctx:
+            raise ValueError(f"--ctx {ctx_len}: {self.spec.name} is limited to {self.max_ctx} tokens")
+
 
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> LoadedModel:
     """A name of MODELS, a local folder with safetensors weights, or a hub id "org/name"; code from checkpoints never runs.
 
-    Raises: ValueError for an unknown name (with the nearest ones), or when the weights cannot be had (with what to do).
+    Raises: ValueError for an unknown name (with the nearest ones), a GPU that is not there, or when the weights cannot be had
+    (with what to do).
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no CUDA device")
     source, pinned = _source(name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         source = _dequantised(source)
@@ -147,7 +155,7 @@ def _source(name: str) -> tuple[Path | str, str | None]:
         return folder, None
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         return name, None
-    raise ValueError(f"unknown model {name!r}; {nearest(name.lower(), MODELS)} A local folder or a hub id org/name works too")
+    raise ValueError(f"unknown model {name!r}; {nearest(name.lower(), MODELS)}; a local folder or a hub id org/name works too")
 
 
 def _spec_name(name: str) -> str:

@@ -46,17 +46,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsebench.suites.capture", description=__doc__)
     parser.add_argument("--model", required=True, help="name, local folder or hub id, as in run_bench.py")
     parser.add_argument("--data", required=True, help="corpus whose first long enough document of split 'eval' is read")
-    parser.add_argument("--ctx", type=parse_tokens, default=8192, help="tokens, e.g. 8k")
+    parser.add_argument("--ctx", default="8k", help="tokens, default 8k")
     parser.add_argument("--layer", type=int, required=True, help="counted from 0")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
+        ctx_len = parse_tokens(args.ctx)
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder: name the file")
         dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
         loaded = zoo.load(args.model, dtype=dtype, device=args.device)
-        if args.ctx > loaded.max_ctx:
-            raise ValueError(f"--ctx {args.ctx}: {loaded.spec.name} is limited to {loaded.max_ctx} tokens")
-        document, ids = token_windows(loaded.tokenizer, args.data, "eval", args.ctx, 1).ids[0]
+        loaded.check_length(ctx_len)
+        document, ids = token_windows(loaded.tokenizer, args.data, "eval", ctx_len, 1).ids[0]
         tensors = capture(loaded, ids, args.layer)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

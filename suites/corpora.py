@@ -43,6 +43,8 @@ def check_corpus(source: str) -> None:
         next(read_documents(source, "eval"), None)
     elif source != "pydoc":
         name, at, revision = source.partition("@")
+        if Path(source).is_file():
+            raise ValueError(f"unknown corpus {source!r}: a file is written file:{source}")
         if name not in HUB and "/" not in name:
             raise ValueError(
                 f"unknown corpus {source!r}: one of pydoc, {', '.join(HUB)}, file:PATH (.txt or .jsonl) or a hub data set"
@@ -108,13 +110,15 @@ def _pydoc(split: str) -> Iterator[Document]:
 def _from_file(path: Path, split: str) -> Iterator[Document]:
     if not path.is_file():
         raise ValueError(f"no such corpus file: {path}")
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise ValueError(f"a corpus file is .txt or .jsonl, got {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"corpus file is empty: {path}")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus file is not UTF-8 text: {path}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() == ".txt":
         return iter([Document(path.stem, content)])
     documents = []
     for number, line in enumerate(content.split("\n"), 1):  # splitlines() would also cut inside strings, at U+2028 and others

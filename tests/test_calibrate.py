@@ -127,6 +127,17 @@ class Jump(Method):
         return sink_and_window(q.shape[2], k.shape[2], 0, LENGTH if self.level == 1 else 1)
 
 
+@dataclass(frozen=True)
+class Reversed(OwnKernel):
+    name = "reversed"
+    knob_range = (1024, 1)
+
+
+def test_a_range_that_names_the_densest_value_first_is_refused(layers):
+    with pytest.raises(ValueError, match=r"reversed.knob_range is \(sparsest, densest value\), but local=1024 keeps 1 "):
+        calibrate(Reversed(), 0.3, layers, as_it_is)
+
+
 def test_the_ends_of_the_range_are_tried(layers):
     found, reached = calibrate(Jump(), 0.9, layers, as_it_is)
     assert found.level == reached == 1

@@ -30,7 +30,8 @@ def test_add_a_method_example(tmp_path):
         assert load_plugin(str(plugin)) == {"pooled"}
         q, k, v = torch.randn(1, 4, 1000, 16), torch.randn(1, 2, 1000, 16), torch.randn(1, 2, 1000, 16)
         names = {"Pooled": METHODS["pooled"], "q": q, "k": k, "v": v}
-        exec(code[1], names)
+        for example in code[1:]:
+            exec(example, names)
         mask = names["mask"]
         assert mask.kv_num_blocks.shape == (1, 4, 16)
         half_a_block = 64 * 64 / 2 / (1000 * 1001 / 2)

@@ -130,8 +130,11 @@ def check_refused(bench, words, message, *more):
         ("--methods a_shape:local=many", "a_shape:local=many is not a whole number"),
         ("--methods minference:vertical=-1", "minference:vertical=-1 is out of range"),
         ("--methods random,random", "listed twice"),
-        ("--ctx 8q", "lengths are written 512, 8k or 1m, got '8q'"),
+        ("--methods a_shape:local", "a_shape:local has no value"),
+        ("--ctx 8q", "lengths are 2 tokens or more, written 512, 8k or 1m, got '8q'"),
         ("--ctx 0", "'0'"),
+        ("--ctx 99999999999999m", "'99999999999999m'"),
+        ("--out=", "--out names no folder"),
         ("--density 2", "--density takes numbers .*'2'"),
         ("--density nan", "'nan'"),
         ("--limit 0", "--limit must be at least 1"),
@@ -152,7 +155,7 @@ def check_refused(bench, words, message, *more):
         ("--suites longbench --longbench-data missing", "--longbench-data missing is not a folder"),
         ("--ctx 256,1k --stride 512", "--stride 512 is larger than the context of 256 tokens"),
         ("--ctx 1k --stride 2k", "--stride 2048 is larger than the context of 1024 tokens"),
-        ("--stride 0", "lengths are written 512, 8k or 1m, got '0'"),
+        ("--stride 0", "lengths are 2 tokens or more, written 512, 8k or 1m, got '0'"),
         ("--methods a_shape --versus seer", "--versus seer is none of --methods: a_shape"),
         ("--plugin missing.py", "no such plug-in file"),
     ],
@@ -168,6 +171,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(bench, words, message):
 def test_bad_corpus_files(bench, content, message):
     bench.corpus.write_bytes(content)
     check_refused(bench, "", message)
+
+
+def test_corpora_that_are_no_documents(bench, tmp_path):
+    (tmp_path / "array.json").write_text('[{"text": "a"}]')
+    check_refused(bench, "--corpus", "a corpus file is .txt or .jsonl", f"file:{tmp_path / 'array.json'}")
+    check_refused(bench, "--corpus", "a file is written file:", bench.corpus)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +336,7 @@ def test_failures_are_rows_and_the_run_goes_on(bench, tmp_path):
     ok = bench.rows(status="ok")
     assert set(zip(ok["suite"], ok["method"])) == {("perplexity", "dense"), ("perplexity", "works"), ("fidelity", "works")}
     failed = bench.rows(status="failed").set_index(["suite", "method"])["reason"]
-    assert failed["perplexity", "breaks"] == failed["fidelity", "breaks"] == "RuntimeError: no luck"
+    assert failed["perplexity", "breaks"] == failed["fidelity", "breaks"] == "RuntimeError: no luck (own.py, line 18)"
     assert failed["perplexity", "nans"] == "nll of example 'doc0' of file:" + str(bench.corpus) + " is nan"
     assert "is nan" in failed["fidelity", "nans"] and len(failed) == 4
     for (suite, method), reason in failed.items():
@@ -335,6 +344,19 @@ def test_failures_are_rows_and_the_run_goes_on(bench, tmp_path):
     assert set(pd.read_csv(bench.out / "leaderboard.csv")["method"]) == {"dense", "works"}
     status, out, _ = bench("--methods breaks,nans,works --suites perplexity,fidelity --plugin", plugin)
     assert status == 1 and "3 of 7 cells are done already" in out  # failed cells are tried again
+
+
+def test_tables_are_of_the_newest_version_of_a_plug_in(bench, tmp_path):
+    words = "--methods own,random --versus own --suites perplexity --limit 2 --plugin"
+    means = []
+    for body in ("pass", "v = -v"):
+        status, out, _ = bench(words, write_plugin(tmp_path, own=body))
+        assert status == 0 and ("rows of earlier versions of own are in results.csv alone" in out) == (body != "pass")
+        table = pd.read_csv(bench.out / "leaderboard.csv").set_index("label")
+        assert sorted(table.index) == ["dense", "own", "random"]
+        means.append(table.loc["random", next(c for c in table if c.endswith("diff_versus"))])
+    assert means[0] != means[1]
+    assert bench.rows(method="own")["params"].nunique() == 2
 
 
 def test_seer_without_a_gate_says_how_to_get_one(bench):

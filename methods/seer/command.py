@@ -90,12 +90,16 @@ def packed(data: str, tokenizer: Any, ctx_len: int, most: int) -> tuple[Tensor, 
 
 
 def answer(work: Callable[[], None]) -> int:
-    """Exit status: 0, 1 where training stopped at a loss that is not finite, else 2; an error is one line on stderr."""
+    """Exit status: 0, 1 where training stopped at a loss that is not finite, 130 where it was interrupted, else 2; an error is
+    one line on stderr."""
     try:
         work()
     except torch.OutOfMemoryError as error:  # before the first step; from then on training.run() answers
         print(f"error: the model does not fit this GPU: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the newest checkpoint (--save-every)", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, LossNotFiniteError) else 2

@@ -144,8 +144,7 @@ def _distill(argv: list[str] | None) -> None:
         save_steps=args.save_every, log_every=args.log_every, cpu=args.device == "cpu",
     )  # fmt: skip
     loaded = zoo.load(args.model, dtype=getattr(torch, args.dtype), device=training.device)
-    if args.ctx > loaded.max_ctx:
-        raise ValueError(f"--ctx {args.ctx} is beyond {args.model}, which has {loaded.max_ctx} positions")
+    loaded.check_length(args.ctx)
     sequences, names = command.packed(args.data, loaded.tokenizer, args.ctx, recipe.steps * recipe.batch)
     history = train(
         loaded.model, loaded.spec, sequences, recipe, training, args.out, teacher=args.teacher, init=args.init, data=names

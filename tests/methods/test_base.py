@@ -1,5 +1,6 @@
 """What every method gets from the base: registration, selection without a graph, clear errors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -54,9 +55,27 @@ class Plain(Scores):
     name = "plain"
 
 
+@dataclass(frozen=True)
+class Steps(Scores):
+    keep: int = 4
+    name = "steps"
+    knob = "keep"  # and the knob_range of shares
+
+
+@dataclass(frozen=True)
+class TwoWords(Scores):
+    name = "two words"
+
+
+@dataclass(frozen=True)
+class NameField(Scores):
+    name: str = "field"  # type: ignore[misc]
+
+
 REFUSED = [
     (Needy, "needs a default for width"), (Nameless, "needs a name"), (Twice, r"exactly one .* \['score', 'select'\]"),
     (Knobless, "names no field: 'nothing'"), (Taken, "'dense' is registered already"), (Plain, "frozen=True"),
+    (Steps, r"knob_range \(0.0, 1.0\) does not hold keep=4"), (TwoWords, "one word"), (NameField, "no field"),
 ]  # fmt: skip
 
 
@@ -72,6 +91,53 @@ def test_scores_without_a_density_say_so():
     q, k = torch.randn(1, 2, 100, 8), torch.randn(1, 1, 100, 8)
     with pytest.raises(ValueError, match="scores has scores but no field `density`"):
         sparsebench.select(Scores(), q, k)
+
+
+@dataclass(frozen=True)
+class Wrong(Method):
+    """Returns `what` gives for the scores, the mask or the output."""
+
+    what: Callable
+    density: float = 0.5
+    name = "wrong"
+
+
+class WrongScores(Wrong):
+    def score(self, q, k, ctx):
+        return self.what(torch.zeros(1, 2, 2, 2))
+
+
+class WrongMask(Wrong):
+    def select(self, q, k, ctx):
+        return self.what(q)
+
+
+class WrongOutput(Wrong):
+    def attend(self, q, k, v, ctx):
+        return self.what(q)
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (WrongScores(lambda x: None), r"score\(\) must return a tensor, got NoneType"),
+        (WrongScores(lambda x: x[..., :1]), r"score\(\) must return \[B, H, 2, 2\], got \(1, 2, 2, 1\)"),
+        (WrongScores(lambda x: x * float("nan")), r"score\(\) returned NaN"),
+        (WrongMask(lambda q: q > 0), r"select\(\) must return a BlockMask, got Tensor"),
+        (WrongOutput(lambda q: q.transpose(1, 2)), r"must return \[1, 2, 100, 8\] float32, got \[1, 100, 2, 8\] float32"),
+        (WrongOutput(lambda q: q.double()), r"must return \[1, 2, 100, 8\] float32, got \[1, 2, 100, 8\] float64"),
+    ],
+)
+def test_what_a_method_returns_wrongly_is_named(method, message):
+    q, k = torch.randn(1, 2, 100, 8), torch.randn(1, 1, 100, 8)
+    with pytest.raises(ValueError, match=message):
+        sparsebench.attention(method, q, k, k)
+
+
+def test_nan_for_the_future_is_no_fault():
+    q, k = torch.randn(1, 2, 100, 8), torch.randn(1, 1, 100, 8)
+    mask = sparsebench.select(WrongScores(lambda x: x.masked_fill(torch.ones(2, 2).triu(1) > 0, float("nan"))), q, k)
+    assert mask.dense().shape == (1, 2, 2, 2)
 
 
 @pytest.mark.parametrize("name", ["oracle", "minference", "random"])

@@ -5,7 +5,6 @@ import hashlib
 import json
 from copy import deepcopy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,7 +312,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
     lines = [{"id": str(i), "split": "train", "text": " ".join(map(str, row.tolist()))} for i, row in enumerate(tokens)]
     corpus = tmp_path / "text.jsonl"
     corpus.write_text("\n".join(map(json.dumps, lines)))
-    loaded = SimpleNamespace(model=model, tokenizer=WordTokenizer(), spec=SPEC, max_ctx=1024)
+    loaded = zoo.LoadedModel(model=model, tokenizer=WordTokenizer(), spec=SPEC, revision="", max_ctx=1024)
     monkeypatch.setattr(zoo, "load", lambda name, dtype, device: loaded)
     out = tmp_path / "gate"
     command = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--data", f"file:{corpus},file:{corpus}"]
@@ -340,7 +339,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
         return status == 2 and error.count("error: ") == 1 and error
 
     other = ["--out", str(tmp_path / "other")]
-    assert "--ctx 8192 is beyond tiny, which has 1024 positions" in refused(*other, "--ctx", "8k")
+    assert "--ctx 8192: tiny is limited to 1024 tokens" in refused(*other, "--ctx", "8k")
     few = ["--ctx", "1k", "--block", "32"]
     corpus.write_text(json.dumps({"id": "1", "split": "train", "text": "1 2 3"}))
     assert "one sequence takes 1024" in refused(*other, *few)
@@ -352,6 +351,13 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
     corpus.write_text("\n".join(map(json.dumps, lines)))
     assert distill.main([*command, *kind, *short, *other]) == 1
     assert "error: the loss of step 0 is not finite" in capsys.readouterr().err
+
+    def stopped(name, dtype, device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo, "load", stopped)
+    assert distill.main([*command, *other]) == 130
+    assert "interrupted: the same command goes on from the newest checkpoint" in capsys.readouterr().err
 
     def full(name, dtype, device):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -231,7 +231,7 @@ def test_head_search_command(tmp_path, monkeypatch, capsys):
     assert len(written) == 8 and set(written) <= set(grid)
     assert MInference(config=str(out)).prepare(spec).note == ""
     assert "8 heads of tiny" in capsys.readouterr().out
-    for ctx, message in (("8k", "no document of"), ("100", "at least 120 tokens")):
+    for ctx, message in (("1k", "no document of"), ("8k", "is limited to 2048 tokens"), ("100", "at least 120 tokens")):
         assert head_search.main([*arguments, "--ctx", ctx]) == 2
         assert message in capsys.readouterr().err
 

@@ -69,7 +69,7 @@ def test_nothing_is_overwritten(tmp_path):
     for name, fault in (("file", "is a file"), ("file/below", "file is a file"), ("full", "holds other files")):
         with pytest.raises(ValueError, match=f"--out .*{fault}"):
             parse(new_parser("x", "text", "2k"), [*given, str(tmp_path / name)])
-    with pytest.raises(ValueError, match="lengths are written 512, 8k or 1m, got '0'"):
+    with pytest.raises(ValueError, match="lengths are 2 tokens or more, written 512, 8k or 1m, got '0'"):
         parse(new_parser("x", "text", "0"), [*given, str(tmp_path / "new")])
 
 

@@ -307,7 +307,9 @@ def test_search_command(tmp_path, model_folder, one_thread, capsys):
     assert found[0]["stride"] == 16 and "8 heads of" in capsys.readouterr().out
     spec = ModelSpec(found[0]["model"], 2, 4, 2, 16)
     assert XAttention(stride=16, thresholds=str(out)).prepare(spec).note == ""
-    for options, message in ((["--ctx", "100"], "more than 128 tokens"), (["--ctx", "8k"], "no document of"),
+    for options, message in ((["--ctx", "100"], "more than 128 tokens"),
+                             (["--ctx", "8k"], "is limited to 1024 tokens"), (["--ctx", "0"], "lengths are 2 tokens or more"),
+                             (["--out", str(tmp_path)], "is a folder: name the file"),
                              (["--ctx", "400", "--stride", "3"], "stride=3 is no power of 2"),
                              (["--ctx", "400", "--threshold", "2"], "threshold=2.0 is out of range")):  # fmt: skip
         assert threshold_search.main([*arguments, *options]) == 2

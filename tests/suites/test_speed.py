@@ -329,6 +329,7 @@ def test_methods_on_a_saved_layer(on_cpu, layer_file):
         (("--ctx", "2k"), "--ctx 2048: .* is limited to 1024 tokens"),
         (("--data", "file:missing.txt"), "no such corpus file"),
         (("--ctx", "1000"), "no document .* has 1000 tokens"),
+        (("--out", "."), "--out . is a folder"),
         (("--model", "smolm2-135m"), "did you mean smollm2-135m"),
     ],
 )
