@@ -150,6 +150,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for name in suites:
         if name not in SUITES:
             raise ValueError(f"unknown suite {name!r}; {nearest(name, SUITES)}")
+    for name in sorted({name for suite in SUITES.values() for name in options_of(suite, args)}):
+        check_used(name, [suite for suite in SUITES if name in SUITES[suite].options], suites)
     contexts = [parse_tokens(word) for word in words_of(args.ctx)]
     densities: list[float | None] = [parse_density(word) for word in words_of(args.density)] or [None]
     corpora, models = words_of(args.corpus), words_of(args.models)
@@ -179,14 +181,19 @@ def plan(args: argparse.Namespace) -> list[Job]:
     return list({job.cell.key: job for job in jobs}.values())
 
 
+def check_used(option: str, having: list[str], suites: list[str]) -> None:
+    """Raise ValueError for an option of the suites `having` when none of them is run."""
+    if not set(having) & set(suites):
+        option = option.replace("_", "-")
+        raise ValueError(f"--{option} is of {', '.join(having)}, none of which is in --suites {','.join(suites)}")
+
+
 def choose_tasks(suite: str, corpora: list[str], asked: list[str], suites: list[str]) -> list[str]:
     """The tasks of one suite. Raises: ValueError for an unknown task and for a suite that is left without any."""
     own, default = SUITES[suite].tasks, SUITES[suite].default_tasks
     known = [task for name in suites for task in SUITES[name].tasks]
     for task in asked:
-        if not known:
-            having = ", ".join(name for name in SUITES if SUITES[name].tasks)
-            raise ValueError(f"--tasks is of {having}, none of which is in --suites {','.join(suites)}")
+        check_used("tasks", [name for name in SUITES if SUITES[name].tasks], suites)
         if task not in known:
             raise ValueError(f"unknown task {task!r}; {nearest(task, known)}")
     if not own:

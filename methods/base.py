@@ -122,7 +122,7 @@ class Method:
             raise ValueError(f"{self.name}: score() must return a tensor, got {type(scores).__name__}")
         mask = keep_top(scores, q.shape[2], k.shape[2], block, block, density)
         if (scores.isnan() & causal_blocks(q.shape[2], k.shape[2], block, block, q.device)).any():
-            raise ValueError(f"{self.name}: score() returned NaN for blocks that are no future")
+            raise ValueError(f"{self.name}: score() returned NaN for blocks that its rows see")
         return mask
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:

@@ -152,6 +152,8 @@ def check_refused(bench, words, message, *more):
         ("--suites ruler,speed --tasks kernel_64x64", "--tasks names none of ruler"),
         ("--suites speed --qkv missing.safetensors", "--qkv missing.safetensors: no such file"),
         ("--suites ruler --haystack file:missing.txt", "no such corpus file"),
+        ("--suites perplexity --qkv missing.safetensors", "--qkv is of speed, none of which is in --suites perplexity"),
+        ("--suites fidelity --chat-template", "--chat-template is of longbench, longbench2, ruler, none of which"),
         ("--suites longbench --longbench-data missing", "--longbench-data missing is not a folder"),
         ("--ctx 256,1k --stride 512", "--stride 512 is larger than the context of 256 tokens"),
         ("--ctx 1k --stride 2k", "--stride 2048 is larger than the context of 1024 tokens"),
