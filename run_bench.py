@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 # Run as a script, this folder would come first on sys.path and its `kernels` would hide the package that transformers imports.
 sys.path[:] = [p for p in sys.path if Path(p or os.curdir).resolve() != Path(__file__).resolve().parent]
 
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from sparsebench.models.calibrate import calibrate, calibration_facts, capture_l
 from sparsebench.models.trace import Trace
 from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest, source_digest, write_atomically
+from sparsebench.results.tables import newest
 from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell, Score, Suite, timing
 from sparsebench.suites.base import NotApplicable, canonical_json, first_line
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("\ninterrupted: the same command goes on from here", file=sys.stderr)
                 status = 130
             store.export()
-            frame = newest(store.frame(), jobs)
+            frame = newest(store.frame(), {(job.cell.model, label(job.method), str(job.cell.params)) for job in jobs})
             report.write(frame, store.folder, versus=args.versus)
         print(print_table(frame[frame["key"].isin({job.cell.key for job in jobs})], versus=args.versus))
     except ValueError as error:
@@ -246,22 +246,6 @@ def make_job(
     elif "prefill" not in method.phases:
         skip = f"{method.name} is a decode method and has no prefill"
     return Job(cell, method, skip, note)
-
-
-def newest(frame: pd.DataFrame, jobs: list[Job]) -> pd.DataFrame:
-    """`frame` without the rows of these jobs' methods that an earlier version of a plug-in, gate or settings file gave: no
-    table could tell the two apart."""
-    if "prov_label" not in frame:
-        return frame
-    current: dict[tuple[str, str], set[str]] = {}
-    for job in jobs:
-        current.setdefault((job.cell.model, label(job.method)), set()).add(str(job.cell.params))
-    named = zip(frame["model"], frame["prov_label"], frame["params"])
-    stale = pd.Series([params not in current.get((model, name), {params}) for model, name, params in named], frame.index)
-    if stale.any():
-        names = ", ".join(sorted(frame["prov_label"][stale].unique()))
-        print(f"rows of earlier versions of {names} are in results.csv alone")
-    return frame[~stale]
 
 
 def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:

@@ -85,8 +85,6 @@ def calibrate(
         else:
             high = middle
     else:  # an end of the range is nearer than anything inside it when the density jumps there
-        density_at(low)
-        density_at(high)
         ends = density_at(sparsest), density_at(densest)
         if ends[0] > 1.1 * ends[1]:
             raise ValueError(

@@ -128,6 +128,20 @@ def _means(records: list[dict[str, Any]], inputs: str) -> Iterator[dict[str, Any
     yield row("effective_length", 0, rank) | {"ratio": None, "unit": "tokens", "value": longest}
 
 
+def newest(frame: pd.DataFrame, run: set[tuple[str, str, str]]) -> pd.DataFrame:
+    """`frame` (Store.frame()) without the rows of earlier versions of the methods in `run`, (model, label, params) each: with
+    the same label, but of a plug-in, gate or settings file that has changed since. No table can tell the two apart. Says so."""
+    if "prov_label" not in frame:
+        return frame
+    named = {(model, label) for model, label, _ in run}
+    rows = zip(frame["model"], frame["prov_label"], frame["params"])
+    stale = pd.Series([row[:2] in named and row not in run for row in rows], frame.index, dtype=bool)
+    if stale.any():
+        names = ", ".join(sorted(frame["prov_label"][stale].unique()))
+        print(f"rows of earlier versions of {names} are in results.csv alone")
+    return frame[~stale]
+
+
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with the columns `label`, `note` and `question` (where there are answers) of its provenance and with `options`;
     without a label the method with all its params. `inputs` becomes the digest of the text that was read, where the suite kept
