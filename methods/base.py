@@ -270,9 +270,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, real: Tensor 
     )
 
 
-def dense_mask(q_len: int, kv_len: int, device=None) -> BlockMask:
-    """The BlockMask of all causal blocks of 64 tokens, [1, 1, NQ, NK]."""
-    block = 64
+def dense_mask(q_len: int, kv_len: int, device=None, block: int = 64) -> BlockMask:
+    """The BlockMask of all causal blocks of `block` tokens, [1, 1, NQ, NK]."""
     visible = causal_blocks(q_len, kv_len, block, block, device)[None, None]
     num = visible.sum(-1, dtype=torch.int32)
     index = torch.arange(visible.shape[-1], dtype=torch.int32, device=device).expand(visible.shape).contiguous()

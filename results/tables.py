@@ -15,7 +15,7 @@ import pandas as pd
 from .statistics import FEWEST, LEVEL, Mixture, Ratio, compare, interval
 
 DENSE_KERNELS = ("fa2", "cudnn", "fa3", "fa4")  # metrics {name}_ms of the speed suite that are dense attention
-BASELINES = (*DENSE_KERNELS, "flex", "fa4_sparse", "sdpa")
+BASELINES = (*DENSE_KERNELS, "flex", "fa4_sparse", "own_dense", "sdpa")
 TIMED = ("speed", "latency")  # suites of times and sizes: percentiles, no intervals, no comparison with dense as a method
 TASKS = {"ruler": 13, "longbench": 21, "longbench e": 13, "longbench2": 1}  # suites whose tasks are averaged: how many
 EFFECTIVE = 85.6  # %, of Llama-2-7b-chat at 4k tokens: RULER's threshold (Hsieh et al. 2024, arXiv 2404.06654, section 4)

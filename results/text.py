@@ -23,9 +23,9 @@ TIMED_COLUMNS = {  # what the terminal and the report show of the timed suites, 
     "ttft_ms": "ttft ms", "ttft_speedup_sdpa": "x sdpa", "total_ms": "total ms", "select_ms": "select", "attend_ms": "attend",
     "speedup_fa2": "x fa2", "ttft_speedup_fa2": "x fa2", "speedup_cudnn": "x cudnn", "ttft_speedup_cudnn": "x cudnn",
     "speedup_fa3": "x fa3", "speedup_fa4": "x fa4", "speedup_flex": "x flex", "speedup_fa4_sparse": "x fa4s",
-    "tflops": "TFLOP/s", "of_best_dense": "of dense", "of_matmul": "of matmul", "backward_ms": "bwd ms",
-    "backward_speedup_fa2": "bwd x fa2", "decode_tokens_per_s": "decode/s", "decode_speedup_sdpa": "decode x sdpa",
-    "peak_mb": "MiB",
+    "speedup_own_dense": "x own", "tflops": "TFLOP/s", "of_best_dense": "of dense", "of_matmul": "of matmul",
+    "backward_ms": "bwd ms", "backward_speedup_fa2": "bwd x fa2", "decode_tokens_per_s": "decode/s",
+    "decode_speedup_sdpa": "decode x sdpa", "peak_mb": "MiB",
 }  # fmt: skip
 
 

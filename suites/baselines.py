@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +26,25 @@ DENSE_BACKENDS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_A
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation on one problem: run(*inputs) is what is timed, inputs are q, k, v in the layout it wants."""
+    """An implementation on one problem: run(*inputs) is what is timed, inputs are q, k, v in the layout it wants. Where the
+    result is more or other than the attention output, nothing but its time may be asked for."""
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     tokens_first: bool = False  # [B, L, H, D] instead of [B, H, L, D]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # active around run and its backward
+    has_backward: bool = True
 
     def heads_first(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2) if self.tokens_first else x
 
+    def forward(self) -> Any:
+        return self.run(*self.inputs)
 
-def time_forward(kernel: Kernel, case: Case, name: str) -> list[Figure]:
-    """NAME_ms with its percentiles. Raises: ArithmeticError when the output is wrong."""
-    with kernel.context(), torch.no_grad():
-        case.check(kernel.heads_first(kernel.run(*kernel.inputs)))
-        return spread(f"{name}_ms", event_times(lambda: kernel.run(*kernel.inputs)))
+    def check(self, case: Case) -> None:
+        """Raises: ArithmeticError when the output is wrong."""
+        with self.context(), torch.no_grad():
+            case.check(self.heads_first(self.forward()))
 
 
 def time_backward(kernel: Kernel, case: Case, name: str) -> list[Figure]:
@@ -61,24 +64,37 @@ def time_backward(kernel: Kernel, case: Case, name: str) -> list[Figure]:
         dq, dk, dv = (kernel.heads_first(x) for x in run())
         case.check_gradients((dq, dk, dv), kernel.heads_first(out.detach()), kernel.heads_first(grad))
         del dq, dk, dv
-        return spread(f"{name}_ms", event_times(run))
+        return spread(f"{name}_ms", event_times(run)[0])
 
 
-def time_all(kernels: dict[str, Callable[[], Kernel]], case: Case, backward: bool) -> tuple[list[Figure], dict[str, str]]:
-    """NAME_ms and, with backward, NAME_backward_ms of every kernel; and of those that cannot run this or are wrong the reason:
-    a blank in the table, no failure of ours."""
-    figures: list[Figure] = []
+def time_all(
+    others: Mapping[str, Callable[[], Kernel]], case: Case, backward: bool, own: Mapping[str, Kernel] | None = None
+) -> tuple[list[Figure], dict[str, str]]:
+    """NAME_ms of our `own` and of others' kernels, which take turns, and with backward NAME_backward_ms of the others; and of
+    others that cannot run this or are wrong the reason: a blank in the table, no failure of ours."""
+    ready: dict[str, Kernel] = {}
     reasons: dict[str, str] = {}
-    for name, make in kernels.items():
-        stem = name
+    for name, make in others.items():
         try:
             kernel = make()
-            figures += time_forward(kernel, case, name)
-            if backward:
-                stem = f"{name}_backward"
-                figures += time_backward(kernel, case, stem)
+            kernel.check(case)
+            ready[name] = kernel
         except Exception as error:
-            reasons[stem] = f"not timed: {first_line(error)[:200]}"
+            reasons[name] = f"not timed: {first_line(error)[:200]}"
+    figures: list[Figure] = []
+    timed = {**(own or {}), **ready}
+    with ExitStack() as stack, torch.no_grad():
+        for kernel in timed.values():
+            stack.enter_context(kernel.context())
+        for name, times in zip(timed, event_times(*(kernel.forward for kernel in timed.values()))):
+            figures += spread(f"{name}_ms", times)
+    for name, kernel in ready.items():
+        if not (backward and kernel.has_backward):
+            continue
+        try:
+            figures += time_backward(kernel, case, f"{name}_backward")
+        except Exception as error:
+            reasons[f"{name}_backward"] = f"not timed: {first_line(error)[:200]}"
     return figures, reasons
 
 
@@ -89,15 +105,19 @@ def dense_baselines(source: Source, backward: bool) -> tuple[list[Figure], dict[
     assert ctx.q is not None and ctx.k is not None
     q, k, v = ctx.q, ctx.k, ctx.v
     case = Case(q, k, v, dense_mask(q.shape[2], k.shape[2], q.device), ctx.scale)
-    torch_kernels = {name: functools.partial(_sdpa, case, backend) for name, backend in DENSE_BACKENDS.items()}
-    return time_all(torch_kernels | {"fa3": lambda: _fa3(case), "fa4": lambda: _fa4(case)}, case, backward)
+    kernels = {name: functools.partial(_sdpa, case, backend) for name, backend in DENSE_BACKENDS.items()}
+    kernels |= {"fa3": functools.partial(_fa3, case), "fa4": functools.partial(_fa4, case)}
+    figures: list[Figure] = []
+    reasons: dict[str, str] = {}
+    for name, make in kernels.items():  # no turns: torch's choice of a backend is one for the whole process
+        found, missing = time_all({name: make}, case, backward)
+        figures, reasons = figures + found, reasons | missing
+    return figures, reasons
 
 
-def sparse_baselines(case: Case, backward: bool) -> tuple[list[Figure], dict[str, str]]:
-    """time_all() of the kernels that take the same mask."""
-    figures, reasons = time_all({"flex": lambda: _flex(case)}, case, backward)
-    forward_only = time_all({"fa4_sparse": lambda: _fa4_sparse(case)}, case, backward=False)
-    return figures + forward_only[0], reasons | forward_only[1]
+def sparse_kernels(case: Case) -> dict[str, Callable[[], Kernel]]:
+    """The kernels of others that take the same mask."""
+    return {"flex": lambda: _flex(case), "fa4_sparse": lambda: _fa4_sparse(case)}
 
 
 def _sdpa(case: Case, backend: SDPBackend) -> Kernel:
@@ -115,7 +135,7 @@ def _flash(case: Case, flash_attn_func: Callable[..., Any], **options: Any) -> K
         return out[0] if isinstance(out, tuple) else out  # some versions return lse as well
 
     inputs = tuple(x.transpose(1, 2).contiguous() for x in (case.q, case.k, case.v))
-    return Kernel(run, inputs, tokens_first=True)
+    return Kernel(run, inputs, tokens_first=True, has_backward="block_sparse_tensors" not in options)
 
 
 def _fa3(case: Case) -> Kernel:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockMask, block_sparse_attention
+from ..kernels.block_mass import block_mass
 from ..kernels.block_sparse_attention import block_sparse_attention_reference
 
 MOST_ERROR = 1e-2  # relative, bf16 operands
@@ -43,6 +44,18 @@ class Case:
         if not error < MOST_ERROR:
             raise ArithmeticError(f"the output differs from the reference by {error:.2e} (relative), nothing was timed")
         return error
+
+    def check_map(self, blocks: Tensor, block: int) -> float:
+        """The largest ||map - reference|| / ||reference|| of rows of a dense attention map [1, H, NQ, NK] with the largest
+        probability of every block, in rows of sum 1: those of three samples. Raises: ArithmeticError when it is too large."""
+        errors = []
+        for rows, one in _samples(self.mask):
+            expected = block_mass(self.q[:, :, rows], self.k[:, :, : one.kv_len], self.scale, block, block, "max")
+            first, (found, width) = rows.start // block, expected.shape[2:]
+            errors.append(_relative(blocks[:, :, first : first + found, :width], expected / expected.sum(-1, keepdim=True)))
+        if not max(errors) < MOST_ERROR:
+            raise ArithmeticError(f"the map differs from the reference by {max(errors):.2e} (relative), nothing was timed")
+        return max(errors)
 
     def check_gradients(self, grads: tuple[Tensor, Tensor, Tensor], out: Tensor, grad: Tensor) -> float:
         """gradient_error() of (dq, dk, dv). Raises: ArithmeticError when it is too large, and what that raises."""

@@ -121,11 +121,12 @@ class RandomMask(Method):
     density: float = 0.1  # share of the causally visible pairs
 
     @staticmethod
-    def make(source: Source, blocks: tuple[int, int], density: float) -> BlockMask:
-        """The mask [1, SHAPE.heads, NQ, NK] of query and key blocks of that many tokens."""
+    def make(source: Source, blocks: tuple[int, int], density: float, heads: int) -> BlockMask:
+        """The mask [1, heads, NQ, NK] of query and key blocks of that many tokens; heads: SHAPE.heads or, when the query heads
+        of a KV head share a selection, SHAPE.kv_heads."""
         length, (q_block, kv_block) = source.ctx_len, blocks
-        heads = torch.arange(SHAPE.heads, device=source.device)
-        return random_mask(heads, length, length, q_block, kv_block, density, source.seed)
+        head = torch.arange(heads, device=source.device)
+        return random_mask(head, length, length, q_block, kv_block, density, source.seed)
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,16 @@ class RealMask(Method):
     density: float = 0.1  # share of the causally visible pairs
 
     @staticmethod
-    def make(source: Source, blocks: tuple[int, int], density: float) -> BlockMask:
-        """The mask [1, SHAPE.heads, NQ, NK] of query and key blocks of that many tokens."""
+    def make(source: Source, blocks: tuple[int, int], density: float, heads: int) -> BlockMask:
+        """As RandomMask.make(); a shared selection is by what all query heads of the KV head hold together."""
         ctx = source.load()
         assert ctx.q is not None and ctx.k is not None
         mass = block_mass(ctx.q, ctx.k, ctx.scale, *blocks)
+        wanted, given = heads // SHAPE.kv_heads, source.spec.heads // source.spec.kv_heads
+        if heads == SHAPE.kv_heads:
+            mass, given = mass.unflatten(1, (-1, given)).sum(2), 1
         mask = keep_top(mass, source.ctx_len, source.ctx_len, *blocks, density, across_rows=True)
-        head = torch.arange(SHAPE.heads, device=source.device)
-        wanted, given = (spec.heads // spec.kv_heads for spec in (SHAPE, source.spec))
+        head = torch.arange(heads, device=source.device)
         head = head // wanted % source.spec.kv_heads * given + head % wanted % given
         num, index = mask.kv_num_blocks[:, head], mask.kv_indices[:, head]
         return BlockMask(num, index, source.ctx_len, source.ctx_len, *blocks, trusted=True)

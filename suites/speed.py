@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import BlockMask, block_sparse_attention
+from ..kernels.attention_with_map import attention_with_map, resolve_map_impl
 from ..kernels.block_sparse_attention import resolve_impl
 from ..methods.base import LayerContext, Method, dense_mask
+from ..methods.dense import Dense
 from ..methods.spec import build
 from ..models.calibrate import calibrate, calibration_facts
 from .base import Cell, Score, Suite, register_suite
-from .baselines import Kernel, dense_baselines, sparse_baselines, time_backward, time_forward
+from .baselines import Kernel, dense_baselines, sparse_kernels, time_all, time_backward
 from .checks import Case
 from .inputs import SHAPE, RandomMask, RealMask, Source, saved_facts
-from .timing import Figure, event_times, peak_memory, product_tflops, spread
+from .timing import Figure, peak_memory, product_tflops
 
 BLOCKS = {"kernel_64x64": (64, 64), "kernel_128x64": (128, 64), "kernel_128x128": (128, 128)}  # queries, keys of a block
+BLOCKS |= {"kernel_64x64_shared": (64, 64)}
+MAP_BLOCK = 64  # tokens
+RATES = {"": "total_ms", "attend_": "attend_ms"}
 MASKS = {mask.name: mask for mask in (RandomMask, RealMask)}
 
 
@@ -29,7 +34,9 @@ class Speed(Suite):
 
     Median, 20th and 80th percentile of device-event times in ms, B = 1, causal, bf16, on random q, k, v or on those of --qkv.
     Task attention: total = the method end to end as a user calls it; select and attend are its two halves timed alone. Tasks
-    kernel_*: total = our kernel alone over a mask of such blocks, random or from --qkv. With --backward also dq, dk and dv.
+    kernel_*: total = our kernel alone over a mask of such blocks, random or from --qkv; of _shared the query heads of a KV head
+    have one mask. Task block_map: total = dense attention with its block map, own_dense = our dense attention without it. What
+    is compared takes turns, others' dense kernels excepted. With --backward also dq, dk and dv.
     Every kernel is checked against the reference on samples before it is timed. tflops counts 4 D per selected pair.
     """
 
@@ -37,7 +44,7 @@ class Speed(Suite):
     attached = False
     needs_model = False
     needs_gpu = True
-    tasks = ("attention", *BLOCKS)
+    tasks = ("attention", *BLOCKS, "block_map")
     default_tasks = ("attention",)
     options: ClassVar[tuple[str, ...]] = ("qkv", "backward")
 
@@ -47,15 +54,18 @@ class Speed(Suite):
 
     @classmethod
     def methods(cls, task: str, options: Mapping[str, Any], asked: list[Method]) -> list[Method]:
-        return [RealMask() if options.get("qkv") else RandomMask()] if task in BLOCKS else asked
+        if task in BLOCKS:
+            return [RealMask() if options.get("qkv") else RandomMask()]
+        return [Dense()] if task == "block_map" else asked
 
     @classmethod
     def subject(cls, task: str, options: Mapping[str, Any]) -> tuple[str, str]:
         facts = saved_facts(options["qkv"]) if options.get("qkv") else None
-        return (facts["model"], facts["revision"]) if facts and task not in BLOCKS else (SHAPE.name, "")
+        return (facts["model"], facts["revision"]) if facts and task == "attention" else (SHAPE.name, "")
 
     def run(self, model: Any, cell: Cell) -> Iterator[Score]:
-        example, figures = self._kernel(cell) if cell.task in BLOCKS else self._method(cell)
+        measure = {"attention": self._method, "block_map": self._block_map}.get(cell.task, self._kernel)
+        example, figures = measure(cell)
         for metric, value, unit in figures:
             yield Score(cell.task, example, metric, value, unit)
         yield Score(cell.task, example, "matmul_tflops", product_tflops(getattr(torch, cell.dtype)), "TFLOP/s")
@@ -76,42 +86,70 @@ class Speed(Suite):
             self.notes |= calibration_facts(method, cell.density, reached, "the same q and k")
         if note := "; ".join(filter(None, (method.note, self.notes.get("note")))):
             self.notes["note"] = note
-        figures, whole, case = measure(method, ctx)
-        self.notes["kernel"] = "sdpa" if ctx.mask is None else kernel_of(case)
-        figures += self._backward(cell, whole, case)
-        return source.example, figures + self._others(cell, source, case if ctx.mask is not None else None)
+        runs, case, facts = parts(method, ctx)
+        sparse = ctx.mask is not None
+        self.notes["kernel"] = kernel_of(case) if sparse else "sdpa"
+        return source.example, facts + self._times(cell, source, runs, case, sparse_kernels(case) if sparse else {})
 
     def _kernel(self, cell: Cell) -> tuple[str, list[Figure]]:
         density = cell.settings["density"] if cell.density is None else cell.density
-        kind, blocks, path = MASKS[cell.method], BLOCKS[cell.task], cell.option("qkv") or ""
+        kind, path = MASKS[cell.method], cell.option("qkv") or ""
+        heads = SHAPE.kv_heads if cell.task.endswith("_shared") else SHAPE.heads
         source = Source(cell.ctx_len, cell.seed, cell.dtype)
-        mask = kind.make(Source(cell.ctx_len, cell.seed, cell.dtype, path=path), blocks, density)
-        ctx = source.load()
-        assert ctx.q is not None and ctx.k is not None
-        case = Case(ctx.q, ctx.k, ctx.v, mask, ctx.scale)
+        mask = kind.make(Source(cell.ctx_len, cell.seed, cell.dtype, path=path), BLOCKS[cell.task], density, heads)
+        case = _case(source.load(), mask)
         self.notes["kernel"] = kernel_of(case)
-        figures = measure_kernel(case) + self._backward(cell, ours(case), case)
-        return source.example, figures + self._others(cell, source, case)
+        kernel = ours(case)
+        out, peak = peak_memory(kernel.forward)
+        facts = _facts(case, case.check(out), peak)
+        del out
+        return source.example, facts + self._times(cell, source, {"total": kernel}, case, sparse_kernels(case))
 
-    def _backward(self, cell: Cell, kernel: Kernel, case: Case) -> list[Figure]:
-        """With --backward what the gradients cost; a blank with its reason where our kernels have none for the mask."""
-        if not cell.option("backward"):
-            return []
+    def _block_map(self, cell: Cell) -> tuple[str, list[Figure]]:
+        source = Source(cell.ctx_len, cell.seed, cell.dtype)
+        ctx = source.load()
+        case = _case(ctx, dense_mask(cell.ctx_len, cell.ctx_len, ctx.v.device, block=128))
+        self.notes["kernel"] = resolve_map_impl("auto", case.q, MAP_BLOCK, "max")
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return attention_with_map(q, k, v, MAP_BLOCK, scale=case.scale)
+
+        (out, _, blocks), peak = peak_memory(lambda: run(case.q, case.k, case.v))
+        facts = _facts(case, case.check(out), peak)
+        facts.append(("map_error_vs_reference", case.check_map(blocks, MAP_BLOCK), "ratio"))
+        del out, blocks
+        dense = ours(case)
+        dense.check(case)
+        runs = {"total": Kernel(run, (case.q, case.k, case.v), has_backward=False), "own_dense": dense}
+        return source.example, facts + self._times(cell, source, runs, case, {})
+
+    def _times(
+        self, cell: Cell, source: Source, runs: dict[str, Kernel], case: Case, others: Mapping[str, Callable[[], Kernel]]
+    ) -> list[Figure]:
+        """NAME_ms of `runs`, all ours and found right, in turn with the others' kernels on the same problem; rates; with
+        --backward what the gradients cost; and the dense kernels."""
+        backward = bool(cell.option("backward"))
+        figures, reasons = time_all(others, case, backward, runs)
+        self.notes |= reasons
+        times = {metric: value for metric, value, _ in figures}
+        figures += [_rate(f"{part}tflops", case, times[name]) for part, name in RATES.items() if name in times]
+        if backward:
+            figures += self._backward(runs.get("attend", runs["total"]), case)
+        dense, reasons = dense_baselines(source, backward)
+        self.notes |= reasons | {"baselines": "dense ones timed once in this run, on the same q, k and v"}
+        return figures + dense
+
+    def _backward(self, kernel: Kernel, case: Case) -> list[Figure]:
+        """What the gradients cost; a blank with its reason where our kernels have none for the mask."""
         try:
+            if not kernel.has_backward:
+                raise ValueError("it has no backward")
             figures = time_backward(kernel, case, "backward")
         except ValueError as error:
             self.notes["backward"] = f"not timed: {error}"
             return []
         metric, value, unit = _rate("backward_tflops", case, figures[0][1])
         return [*figures, (metric, 2.5 * value, unit)]  # five matrix products a pair where the forward has two
-
-    def _others(self, cell: Cell, source: Source, case: Case | None) -> list[Figure]:
-        backward = bool(cell.option("backward"))
-        dense, reasons = dense_baselines(source, backward)
-        self.notes |= reasons | {"baselines": "dense ones timed once in this run, on the same q, k and v"}
-        sparse, reasons = ([], {}) if case is None else sparse_baselines(case, backward)
-        self.notes |= reasons
-        return dense + sparse
 
 
 def kernel_of(case: Case) -> str:
@@ -130,47 +168,37 @@ def ours(case: Case) -> Kernel:
     return Kernel(run, (case.q, case.k, case.v))
 
 
-def measure(method: Method, ctx: LayerContext) -> tuple[list[Figure], Kernel, Case]:
-    """What a method costs on ctx's q, k and v, what gradients are to be taken of, and the problem that it chose.
+def parts(method: Method, ctx: LayerContext) -> tuple[dict[str, Kernel], Case, list[Figure]]:
+    """What of a method is timed on ctx's q, k and v: the whole ("total") and, where they are apart, "select" and "attend"; the
+    problem that it chose; what was found when it ran once.
 
     Raises: ArithmeticError when its output is wrong.
     """
     assert ctx.q is not None and ctx.k is not None
     q, k, v = ctx.q, ctx.k, ctx.v
     out, peak = peak_memory(lambda: method.attend(q, k, v, ctx))
-    mask: BlockMask = dense_mask(q.shape[2], k.shape[2], q.device) if ctx.mask is None else ctx.mask
-    case = Case(q, k, v, mask, ctx.scale)
-    figures = _facts(case, case.check(out), peak)
+    case = _case(ctx, dense_mask(q.shape[2], k.shape[2], q.device) if ctx.mask is None else ctx.mask)
+    facts = _facts(case, case.check(out), peak)
     del out
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.state.clear()
         return method.attend(q, k, v, ctx)
 
-    def select() -> None:
+    def select(q: Tensor, k: Tensor) -> BlockMask:
         ctx.state.clear()
-        method.select(q, k, ctx)
+        return method.select(q, k, ctx)
 
-    figures += spread("total_ms", event_times(lambda: run(q, k, v)))
-    figures.append(_rate("tflops", case, figures[-3][1]))
-    whole = Kernel(run, (q, k, v))
+    runs = {"total": Kernel(run, (q, k, v))}
     if type(method).attend is Method.attend:
-        figures += spread("select_ms", event_times(select))
-        whole = ours(case)
-        figures += time_forward(whole, case, "attend")
-        figures.append(_rate("attend_tflops", case, figures[-3][1]))
-    return figures, whole, case
+        runs |= {"select": Kernel(select, (q, k)), "attend": ours(case)}
+        runs["attend"].check(case)
+    return runs, case, facts
 
 
-def measure_kernel(case: Case) -> list[Figure]:
-    """What our kernel alone costs on `case`. Raises: ArithmeticError when its output is wrong."""
-    kernel = ours(case)
-    out, peak = peak_memory(lambda: kernel.run(*kernel.inputs))
-    figures = _facts(case, case.check(out), peak)
-    del out
-    figures += spread("total_ms", event_times(lambda: kernel.run(*kernel.inputs)))
-    figures.append(_rate("tflops", case, figures[-3][1]))
-    return figures
+def _case(ctx: LayerContext, mask: BlockMask) -> Case:
+    assert ctx.q is not None and ctx.k is not None
+    return Case(ctx.q, ctx.k, ctx.v, mask, ctx.scale)
 
 
 def _facts(case: Case, error: float, peak: float) -> list[Figure]:

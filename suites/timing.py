@@ -42,22 +42,30 @@ def timed_call(run: Callable[[], T]) -> tuple[T, float]:
     return result, start.elapsed_time(end)
 
 
-def event_times(run: Callable[[], Any]) -> Tensor:
-    """Times of single calls in ms, fp64; 3 to 100 of them after warm-up, the L2 cache flushed in between."""
-    run()
-    estimate = max(timed_call(run)[1], 1e-3)
-    repeats = int(min(max(BUDGET_MS / estimate, 3), 100))
+def event_times(*runs: Callable[[], Any]) -> list[Tensor]:
+    """Of every run times of single calls in ms, fp64; 3 to 100 of them after warm-up, the L2 cache flushed in between.
+
+    The runs take turns: a card that slows down as it gets warm slows all of them.
+    """
+    if not runs:
+        return []
+    estimates = [max(timed_call(run)[1], 1e-3) for run in runs for _ in range(2)][1::2]
+    repeats = int(min(max(BUDGET_MS * len(runs) / sum(estimates), 3), 100))
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     for _ in range(min(repeats, 10)):
-        run()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
+        for run in runs:
+            run()
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, taken in zip(runs, events):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            start.record()
+            run()
+            end.record()
+            taken.append((start, end))
     torch.cuda.synchronize()
-    return torch.tensor([start.elapsed_time(end) for start, end in events], dtype=torch.float64)
+    return [torch.tensor([start.elapsed_time(end) for start, end in taken], dtype=torch.float64) for taken in events]
 
 
 @functools.cache
@@ -65,4 +73,4 @@ def product_tflops(dtype: torch.dtype) -> float:
     """Rate of torch.matmul on two random 8192 x 8192 matrices, TFLOP/s by the median time: what this card does in this run."""
     generator = torch.Generator("cuda").manual_seed(0)
     a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
-    return 2 * PRODUCT**3 / float(event_times(lambda: a @ b).median()) / 1e9
+    return 2 * PRODUCT**3 / float(event_times(lambda: a @ b)[0].median()) / 1e9

@@ -12,6 +12,9 @@ import torch
 
 from sparsebench import run_bench
 from sparsebench.kernels import block_sparse_attention
+from sparsebench.kernels.attention_with_map import attention_with_map
+from sparsebench.kernels.block_mass import block_mass
+from sparsebench.kernels.selection import keep_top
 from sparsebench.methods.a_shape import AShape
 from sparsebench.methods.base import select
 from sparsebench.methods.minference import MInference
@@ -25,6 +28,7 @@ from sparsebench.suites.baselines import Kernel, dense_baselines, edge_and_whole
 from sparsebench.suites.checks import MOST_ERROR, Case
 from sparsebench.suites.inputs import SHAPE, RandomMask, RealMask, Source, saved_facts
 from sparsebench.suites.speed import Speed
+from sparsebench.suites.timing import event_times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCALE = 0.25
@@ -49,13 +53,13 @@ def on_cpu(monkeypatch):
     """Cells run here, every time is 2 ms. Returns the calls that were timed."""
     timed = []
 
-    def event_times(run):
-        timed.append(run)
-        run()
-        return torch.tensor([1.0, 2.0, 3.0])
+    def event_times(*runs):
+        timed.extend(runs)
+        for run in runs:
+            run()
+        return [torch.tensor([1.0, 2.0, 3.0]) for _ in runs]
 
-    for module in (speed, baselines):
-        monkeypatch.setattr(module, "event_times", event_times)
+    monkeypatch.setattr(baselines, "event_times", event_times)
     monkeypatch.setattr(speed, "peak_memory", lambda run: (run(), 5.0))
     monkeypatch.setattr(speed, "product_tflops", lambda dtype: 800.0)
     monkeypatch.setattr(speed, "Source", functools.partial(Source, device="cpu"))
@@ -131,6 +135,40 @@ def test_kernel_alone(on_cpu, monkeypatch, task, blocks):
     assert run_cell("random_mask", {"density": 0.1}, task, ctx_len=1000)[0]["density"] < 0.25
 
 
+def test_a_selection_shared_by_the_heads_of_a_group(on_cpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines, "_flex", lambda case: seen.append(case.mask) or no_kernel(case))
+    scores, _ = run_cell("random_mask", {"density": 0.4}, "kernel_64x64_shared", ctx_len=1000)
+    assert seen[0].kv_num_blocks.shape[1] == 2 and scores["density"] == pytest.approx(0.4, abs=0.03)
+    pairs = scores["density"] * 1000 * 1001 / 2 * 4  # of all query heads
+    assert scores["tflops"] == pytest.approx(4 * 16 * pairs / 2 / 1e9)
+
+
+def test_the_block_map_beside_our_own_dense_attention(on_cpu, monkeypatch):
+    scores, notes = run_cell("dense", task="block_map", backward=True)
+    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "own_dense", "fa2", "fa2_backward")
+    assert scores["density"] == 1 and scores["map_error_vs_reference"] < 1e-5 and notes["kernel"] == "reference"
+    assert "no backward" in notes["backward"] and "flex" not in notes
+
+    def wrong(*args, **options):
+        out, lse, blocks = attention_with_map(*args, **options)
+        return out, lse, blocks.roll(1, dims=-1)
+
+    monkeypatch.setattr(speed, "attention_with_map", wrong)
+    with pytest.raises(ArithmeticError, match="the map differs"):
+        run_cell("dense", task="block_map")
+
+
+def test_own_kernels_and_others_take_turns(on_cpu):
+    """One call of event_times() for all that is compared on a mask."""
+    case, names = random_case(), []
+    kernel = speed.ours(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "event_times", lambda *runs: names.append(len(runs)) or [torch.ones(1) for _ in runs])
+        figures, _ = time_all({"a": lambda: kernel, "b": lambda: kernel}, case, False, {"total": kernel, "select": kernel})
+    assert names == [4] and {name for name, *_ in figures} == times_of("a", "b", "total", "select")
+
+
 def test_backward_beside_the_forward(on_cpu):
     scores, notes = run_cell("random", backward=True)
     wanted = times_of("total", "select", "attend", "fa2", "backward", "fa2_backward")
@@ -169,7 +207,7 @@ def test_the_gradient_comes_in_the_layout_of_the_output():
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "event_times", lambda run: torch.ones(1))
+        patch.setattr(baselines, "event_times", lambda *runs: [torch.ones(1) for _ in runs])
         baselines.time_backward(Kernel(run, (case.q, case.k, case.v)), case, "transposed")
     assert seen == [True]
 
@@ -256,18 +294,18 @@ def test_how_flash_attention_4_is_called(on_cpu, monkeypatch, blocks):
     monkeypatch.setattr(sys.modules["cutlass"], "cute", sys.modules["cutlass.cute"], raising=False)
     q, k, v = tensors(500, 500)
     case = Case(q, k, v, inputs.random_mask(torch.arange(4), 500, 500, *blocks, 0.4, 0), SCALE)
-    figures, reasons = baselines.sparse_baselines(case, backward=False)
+    figures, reasons = time_all(baselines.sparse_kernels(case), case, backward=True)  # forward only
     assert {name for name, *_ in figures} == times_of("fa4_sparse"), reasons
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (128, 128)])
 def test_random_masks_keep_the_diagonal(blocks):
-    mask = RandomMask.make(Source(4000, 1, "float32", "cpu"), blocks, 0.2)
+    mask = RandomMask.make(Source(4000, 1, "float32", "cpu"), blocks, 0.2, SHAPE.heads)
     assert mask.kv_num_blocks.shape[1] == SHAPE.heads and mask.density().mean() == pytest.approx(0.2, rel=0.02)
     own = torch.arange(2000, 4000)
     assert mask.dense()[:, :, own // blocks[0], own // blocks[1]].all()
     assert not torch.equal(mask.dense()[:, 0], mask.dense()[:, 1])
-    other = RandomMask.make(Source(4000, 2, "float32", "cpu"), blocks, 0.2)
+    other = RandomMask.make(Source(4000, 2, "float32", "cpu"), blocks, 0.2, SHAPE.heads)
     assert not torch.equal(mask.kv_num_blocks, other.kv_num_blocks) or not torch.equal(mask.kv_indices, other.kv_indices)
 
 
@@ -305,13 +343,17 @@ def test_a_saved_layer_is_the_models(layer_file, model_folder):
 def test_real_masks_are_the_oracles(layer_file):
     source = Source(300, 0, "float32", "cpu", str(layer_file))
     ctx = source.load()
-    mask = RealMask.make(source, (64, 64), 0.5)
+    mask = RealMask.make(source, (64, 64), 0.5, 32)
     oracle = select(Oracle(density=0.5), ctx.q, ctx.k).dense()
     assert mask.kv_num_blocks.shape[1] == SHAPE.heads == 32
     heads = torch.arange(32)
     expected = heads // 4 % 2 * 2 + heads % 4 % 2  # groups of 2 in the file, of 4 in the shape
     assert torch.equal(mask.dense(), oracle[:, expected])
-    assert RealMask.make(source, (128, 64), 0.5).density().mean() == pytest.approx(0.5, abs=0.15)
+    shared = RealMask.make(source, (64, 64), 0.5, SHAPE.kv_heads).dense()
+    mass = block_mass(ctx.q, ctx.k, ctx.scale, 64, 64).unflatten(1, (2, 2)).sum(2)
+    assert torch.equal(shared[:, :2], keep_top(mass, 300, 300, 64, 64, 0.5, across_rows=True).dense())
+    assert torch.equal(shared, shared[:, torch.arange(8) % 2])
+    assert RealMask.make(source, (128, 64), 0.5, 32).density().mean() == pytest.approx(0.5, abs=0.15)
 
 
 def test_methods_on_a_saved_layer(on_cpu, layer_file):
@@ -364,6 +406,7 @@ def test_what_the_tasks_run(layer_file, model_folder):
     assert planned("--methods seer --ctx 1k")[0] == [("attention", "seer", None, shape)]
     cells, jobs = planned("--methods seer,dense --ctx 256 --tasks kernel_64x64,kernel_128x128 --density 0.5,0.02")
     assert cells == [(f"kernel_{b}x{b}", "random_mask", d, shape) for b in (64, 128) for d in (0.5, 0.02)]
+    assert planned("--methods seer --ctx 256 --tasks block_map --density 0.5,0.02")[0] == [("block_map", "dense", None, shape)]
     assert all("needs a CUDA device" in job.skip for job in jobs)
     cells, jobs = planned(f"--methods dense --ctx 256 --tasks attention,kernel_64x64 --qkv {layer_file}")
     assert cells == [("attention", "dense", None, model_folder.name), ("kernel_64x64", "real_mask", None, shape)]
@@ -398,7 +441,7 @@ def test_times_on_a_gpu(method, density):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("task", ["kernel_64x64", "kernel_128x64", "kernel_128x128"])
+@pytest.mark.parametrize("task", ["kernel_64x64", "kernel_128x64", "kernel_128x128", "kernel_64x64_shared"])
 def test_kernels_on_a_gpu(task):
     options = {"backward": True}
     cell = Cell(
@@ -409,3 +452,20 @@ def test_kernels_on_a_gpu(task):
     assert {"total_ms", "backward_ms", "fa2_ms", "fa2_backward_ms", "cudnn_ms"} <= set(scores), suite.notes
     for name in ("flex", "fa4", "fa4_sparse"):
         assert f"{name}_ms" in scores or suite.notes[name].startswith("not timed: ModuleNotFoundError"), suite.notes
+
+
+@pytest.mark.gpu
+def test_the_block_map_on_a_gpu():
+    cell = Cell(SHAPE.name, "", "dense", {}, "speed", "block_map", 2048, None, None, 0, "bfloat16", "gpu")
+    suite = Speed()
+    scores = {score.metric: score.value for score in suite.run(None, cell)}
+    assert {"total_ms", "own_dense_ms", "fa2_ms", "cudnn_ms"} <= set(scores), suite.notes
+    assert scores["map_error_vs_reference"] < MOST_ERROR and scores["peak_mb"] > 0 and suite.notes["kernel"] != "reference"
+
+
+@pytest.mark.gpu
+def test_runs_take_turns_on_a_gpu():
+    order = []
+    times = event_times(lambda: order.append(0), lambda: order.append(1))
+    assert len(times) == 2 and len(times[0]) == len(times[1]) == 100
+    assert order[-200:] == [0, 1] * 100
