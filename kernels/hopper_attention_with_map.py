@@ -15,7 +15,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its na
 OPTIONS = dict(BN=128, STAGES_K=3, STAGES_V=3, num_warps=4, maxnreg=168)  # one program a multiprocessor
 TEAM_ROWS = 128  # of a program: two consumers
 TEAM = gl.constexpr(TEAM_ROWS // 64)
-PART = gl.constexpr(32)  # cells of the map that are read at a time
+PART = gl.constexpr(128)  # cells of the map that are read at a time
 KEYS = gl.constexpr(64)  # of a cell
 
 
@@ -85,7 +85,7 @@ def _produce(q_box, k_box, v_box, ring, plan):
 def _softmax_step(
     b_s, b_m, b_l, token, o_n, o_row, kv_len, slots, slot_tiles, scale_log2, OF: gl.constexpr, MASKED: gl.constexpr
 ):
-    """One step of the online softmax; of every row and cell the binary log of its largest exponential (or of their sum)
+    """One step of the online softmax; of every row and cell the largest logit (or the binary log of the sum of exponentials)
     goes to slots. Returns probabilities, the factor of the old sums, the new maximum, the new sum."""
     CELLS: gl.constexpr = b_s.shape[1] // KEYS
     if MASKED:
@@ -106,11 +106,12 @@ def _softmax_step(
         b_seen = gl.convert_layout(gl.log2(gl.sum(b_sums, 2)), L)
         b_seen += gl.convert_layout(b_base, gl.SliceLayout(1, L))[:, None]
     else:
-        b_seen = b_top * scale_log2
-    o_c = token // KEYS + gl.arange(0, CELLS, gl.SliceLayout(0, L))
+        b_seen = b_top  # scaled when it is read
+    first = token // KEYS
+    o_c = gl.arange(0, CELLS, gl.SliceLayout(0, L))
     o_r = gl.arange(0, ROWS, gl.SliceLayout(1, L))
-    kept = (o_c < slot_tiles)[None, :] & (o_r >= 0)[:, None]
-    gl.store(slots + o_c[None, :] * (TEAM * ROWS) + o_r[:, None], b_seen, mask=kept)
+    kept = (o_c < slot_tiles - first)[None, :] & (o_r >= 0)[:, None]
+    gl.store(slots + first * (TEAM * ROWS) + (o_c[None, :] * (TEAM * ROWS) + o_r[:, None]), b_seen, mask=kept)
     b_alpha_4 = gl.convert_layout(b_alpha, gl.SliceLayout(1, LANES), assert_trivial=True)
     b_sum = gl.convert_layout(gl.sum(b_sums, 1), LANES, assert_trivial=True)
     return b_p, b_alpha, b_m_new, b_l * b_alpha_4[:, None] + b_sum
@@ -135,7 +136,7 @@ def _step(
 @gluon.jit
 def _store_map(b_m, b_l, slots, p_row, row0, q_len, remembered, scale_log2, OF: gl.constexpr):
     """One row of cells, from what the row's steps have left in slots."""
-    E: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    E: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
     o_r = gl.arange(0, ROWS, gl.SliceLayout(0, E))
     b_lse = gl.convert_layout(b_m * scale_log2 + gl.log2(b_l), gl.SliceLayout(0, E))
     b_lse = gl.where(row0 + o_r < q_len, b_lse, float("inf"))  # rows after the last query hold no probability
@@ -145,8 +146,12 @@ def _store_map(b_m, b_l, slots, p_row, row0, q_len, remembered, scale_log2, OF: 
         held = (o_c < remembered)[:, None] & (o_r >= 0)[None, :]
         # [PART, 64]
         b_seen = gl.load(slots + o_c[:, None] * (TEAM * ROWS) + o_r[None, :], mask=held, other=float("-inf"))
-        b_p = gl.exp2(b_seen - b_lse[None, :])
-        gl.store(p_row + o_c, gl.sum(b_p, 1) if OF == "mass" else gl.max(b_p, 1), mask=(o_c < remembered) & (row0 < q_len))
+        if OF == "mass":
+            b_cell = gl.sum(gl.exp2(b_seen - b_lse[None, :]), 1)
+        else:
+            SCALED: gl.constexpr = OF == "row_mass"
+            b_cell = gl.exp2(gl.max((b_seen if SCALED else b_seen * scale_log2) - b_lse[None, :], 1))
+        gl.store(p_row + o_c, b_cell, mask=(o_c < remembered) & (row0 < q_len))
     _barrier()  # the next unit writes into slots
 
 
