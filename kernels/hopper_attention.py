@@ -18,6 +18,10 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 SHORT, MEDIUM = 8192, 32768  # tokens up to which a choice of launch_options was measured
+LONG_LIST = (
+    1536  # keys of the longest row from which on teams are faster: 486 against 468 at 1792, 404 against 415 at 1408 (8k)
+)
+TURNS = 4  # units of work for every multiprocessor: with fewer, teams leave some of them idle at the end
 
 
 def on_hopper(q: Tensor) -> bool:
@@ -110,20 +114,34 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
     heads, kv_heads, kv_len, mask_heads = q.shape[1], k.shape[1], k.shape[2], mask.kv_num_blocks.shape[1]
     group = heads // kv_heads
     shared = group % 2 == 0 and mask_heads in (1, kv_heads)  # neighbouring heads read the same keys of the same head
+    pack = 2 if mask.q_block == 64 else 1
+    units = q.shape[0] * heads // pack * mask.kv_num_blocks.shape[2]
+    longest = mask.kv_indices.shape[3] * mask.kv_block  # keys of a row, at most
+    if (mask.q_block == 128 or shared) and longest >= LONG_LIST and units >= TURNS * multiprocessors(q.device):
+        # Three stages against two: 592 and 583 at 32k, 644 and 623 with half kept, 620 and 604 at 128k.
+        options = dict(BN=128, STAGES_K=3, STAGES_V=3, PACK=pack, together=1, programs=None, num_warps=4, maxnreg=168)
+        if kv_len <= MEDIUM:  # the next unit's loads run during the end of this one: 599 and 576 (128x64), 608 and 566 (shared)
+            options |= dict(together=heads_in_cache(q, k) // pack, programs=multiprocessors(q.device))
+        return options
     # Heads of a group read the same K and V: 552 against 535 at 32k, half kept; 487 against 509 at 128k, where one head's K
     # and V overflow the cache and the group's programs only drift apart.
-    together = group if 2 * kv_len * k.shape[3] * k.element_size() <= L2_SHARE else 1
-    if kv_len <= SHORT:  # four programs hide each other's starts and ends: 413 and 417 against 403 with three, 373 in teams
+    together = group if _kv_bytes(k) <= L2_SHARE else 1
+    if kv_len <= SHORT:  # four programs hide each other's starts and ends: 413 against 403 with three
         return dict(STAGES=1, Q_IN_REGS=False, together=together, num_warps=4, maxnreg=128)
-    if mask.q_block == 64 and not shared:
-        # Long rows wait for the cache instead: a second stage is worth as much as the fourth program, or a little more.
-        return dict(STAGES=2, Q_IN_REGS=True, together=together, num_warps=4, maxnreg=168)
-    pack = 2 if mask.q_block == 64 else 1
-    # Three stages against two: 592 and 583 at 32k, 644 and 623 with half kept, 620 and 604 at 128k.
-    options = dict(BN=128, STAGES_K=3, STAGES_V=3, PACK=pack, together=1, programs=None, num_warps=4, maxnreg=168)
-    if kv_len <= MEDIUM:  # the next unit's loads run during the end of this one: 599 and 576 (128x64), 608 and 566 (shared)
-        options |= dict(together=group // pack, programs=multiprocessors(q.device))
-    return options
+    # Long rows wait for the cache instead: a second stage is worth as much as the fourth program, or a little more.
+    return dict(STAGES=2, Q_IN_REGS=True, together=together, num_warps=4, maxnreg=168)
+
+
+def heads_in_cache(q: Tensor, k: Tensor) -> int:
+    """Query heads whose keys and values stay in the second-level cache together; one KV head's at least."""
+    kv_heads = k.shape[1]
+    fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * _kv_bytes(k) <= L2_SHARE]
+    return q.shape[1] // kv_heads * max(fitting, default=1)
+
+
+def _kv_bytes(k: Tensor) -> int:
+    """Of one head's keys and values."""
+    return 2 * k.shape[2] * k.shape[3] * k.element_size()
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -7,8 +7,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_attention import DTYPES, HEAD_DIMS, _box, on_hopper
-from .hopper_kernels import LANES, ROWS, _barriers, _begin_step, _copy_in, _end_step, _operand, _row_sums, _score, _store_out
+from .hopper_attention import DTYPES, HEAD_DIMS, _box, heads_in_cache, on_hopper
+from .hopper_kernels import (
+    LANES,
+    ROWS,
+    _barriers,
+    _begin_step,
+    _copy_in,
+    _end_step,
+    _operand,
+    _row_sums,
+    _score,
+    _store_out,
+    _tile,
+    _turns,
+    _unit,
+)
 from .launch import LOG2E
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its names in Triton 3.9 and 3.6
@@ -25,27 +39,10 @@ def hopper_applies(q: Tensor) -> bool:
 
 
 @gluon.jit
-def _turns(units):
-    """How many units the program takes: to and fro over the programs, since units get shorter and all should have as much."""
-    programs = gl.num_programs(0)
-    last = units // programs
-    return last + (_unit_of_turn(last) < units).to(gl.int32)
-
-
-@gluon.jit
-def _unit_of_turn(turn):
-    i, programs = gl.program_id(0), gl.num_programs(0)
-    return turn * programs + gl.where(turn % 2 == 0, i, programs - 1 - i)
-
-
-@gluon.jit
 def _place(turn, plan, BN: gl.constexpr):
-    """(tile, batch, head, key of its first row, steps of BN keys, how many of them are masked); long rows first."""
-    _units, tiles, together, heads, _group, q_len, kv_len = plan
-    unit = _unit_of_turn(turn)
-    i = unit % (tiles * together)
-    i_tile = tiles - 1 - i // together
-    i_bh = unit // (tiles * together) * together + i % together
+    """(tile, batch, head, key of its first row, steps of BN keys, how many of them are masked)."""
+    units, tiles, together, heads, _group, q_len, kv_len = plan
+    i_tile, i_bh = _tile(_unit(turn), units, tiles, together)
     first_row = i_tile * (TEAM * ROWS) + kv_len - q_len
     steps = gl.cdiv(gl.minimum(first_row + TEAM * ROWS, kv_len), BN)
     return i_tile, i_bh // heads, i_bh % heads, first_row, steps, steps - (first_row + 1) // BN
@@ -242,8 +239,7 @@ def launch(
     """Fills out, lse and the cells of the first slots.shape[1] key tiles; slots: fp32 [programs, key tiles, 128] of scratch."""
     batch, heads, q_len, dim = q.shape
     tiles, keys = -(-q_len // TEAM_ROWS), OPTIONS["BN"]
-    # All heads take turns: rows of one length run at the same time and read the same keys at about the same time.
-    together = heads
+    together = heads_in_cache(q, k)
     hopper_attention_with_map_kernel[(slots.shape[0],)](
         _box(q, 64, dim), _box(k, keys, dim), _box(v, keys, dim), _box(out, 64, dim), lse, cells, slots,
         tiles * batch * heads, tiles, together, heads, heads // k.shape[1], q_len, k.shape[2], cells.shape[3], slots.shape[1],

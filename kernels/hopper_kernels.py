@@ -144,6 +144,18 @@ def _unit(turn):
 
 
 @gluon.jit
+def _tile(unit, units, tiles, together):
+    """(tile of query rows, heads or packs of them before it) of a unit of work. `together` heads take turns, their long rows first
+    or, where a program takes several units, in every second such group last: _unit gives every program as much only where lengths
+    change without a jump."""
+    group = unit // (tiles * together)
+    in_group = unit % (tiles * together)
+    i = in_group // together
+    falls = (gl.num_programs(0) >= units) | ((units // (tiles * together) - 1 - group) % 2 == 0)
+    return gl.where(falls, tiles - 1 - i, i), group * together + in_group % together
+
+
+@gluon.jit
 def _turns(units):
     whole = units // gl.num_programs(0)
     return whole + (_unit(whole) < units).to(gl.int32)

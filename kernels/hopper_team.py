@@ -26,6 +26,7 @@ from .hopper_kernels import (
     _score,
     _softmax_step,
     _store_out,
+    _tile,
     _turns,
     _unit,
 )  # fmt: skip
@@ -35,12 +36,10 @@ TEAM = gl.constexpr(2)  # consumers
 
 @gluon.jit
 def _place(turn, plan, PACK: gl.constexpr):
-    """(tile, batch, first query head, KV head, blocks listed, list) of a turn's unit of work; long rows first."""
-    kv_num, kv_index, tiles, together, heads, group, stride_mask_batch, mask_heads, width = plan
-    work = _unit(turn)
-    in_tiles = work % (tiles * together)
-    i_tile = tiles - 1 - in_tiles // together
-    i_bh = (work // (tiles * together) * together + in_tiles % together) * PACK
+    """(tile, batch, first query head, KV head, blocks listed, list) of a turn's unit of work."""
+    kv_num, kv_index, units, tiles, together, heads, group, stride_mask_batch, mask_heads, width = plan
+    i_tile, i_pack = _tile(_unit(turn), units, tiles, together)
+    i_bh = i_pack * PACK
     i_b = i_bh // heads
     i_h = i_bh % heads
     i_mask = (i_b * stride_mask_batch + i_h // (heads // mask_heads)) * tiles + i_tile
@@ -87,10 +86,10 @@ def _fill(box, pipe, i, t, n, masked, pad, kv_index, i_b, i_kv, KV: gl.constexpr
 
 
 @gluon.jit
-def _produce(q_box, k_box, v_box, pipes, plan, units, edge, KV: gl.constexpr, PACK: gl.constexpr):
+def _produce(q_box, k_box, v_box, pipes, plan, edge, KV: gl.constexpr, PACK: gl.constexpr):
     q_smem, q_full, q_empty = pipes[0]
     i = 0
-    for turn in range(0, _turns(units)):
+    for turn in range(0, _turns(plan[2])):
         i_tile, i_b, i_h, i_kv, n, kv_list = _place(turn, plan, PACK)
         steps, masked, pad = _steps(n, edge, pipes[1][0].shape[1] // KV)
         for t in range(0, steps):
@@ -146,7 +145,7 @@ def _team_step(
 
 @gluon.jit
 def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, STORE_LSE: gl.constexpr):
-    o_box, lse, pipes, plan, units, edge, q_len, kv_len, scale_log2 = args
+    o_box, lse, pipes, plan, edge, q_len, kv_len, scale_log2 = args
     q_smem, q_full, q_empty = pipes[0]
     v_smem, v_empty = pipes[2][0], pipes[2][2]
     BN: gl.constexpr = v_smem.shape[1]
@@ -157,7 +156,7 @@ def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, STORE_
     o_n = gl.arange(0, BN, gl.SliceLayout(0, S))
     zeros = gl.zeros([ROWS, BN], gl.float32, S)
     i = 0
-    for turn in range(0, _turns(units)):
+    for turn in range(0, _turns(plan[2])):
         i_tile, i_b, i_h, _, n, kv_list = _place(turn, plan, PACK)
         steps, masked, pad = _steps(n, edge, BN // KV)
         i_h, row0 = _rows(i_tile, i_h, W, PACK)
@@ -184,7 +183,7 @@ def _consume(args, W: gl.constexpr, KV: gl.constexpr, PACK: gl.constexpr, STORE_
         b_acc = warpgroup_mma(_operand(b_p, b_acc, v_smem), v_smem.index((i - 1) % SV), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(v_empty.index((i - 1) % SV), count=1)
-        i_bh = i_b * plan[4] + i_h
+        i_bh = i_b * plan[5] + i_h
         b_l = _row_sums(b_l, b_m)
         _store_out(b_acc, b_m, b_l, q_smem.index(W), o_box, lse, i_b, i_h, i_bh, row0, q_len, scale_log2, STORE_LSE)
         mbarrier.arrive(q_empty.index(W), count=1)
@@ -226,10 +225,10 @@ def attention_team_kernel(
     v_full, v_empty = _barriers(STAGES_V, 1), _barriers(STAGES_V, TEAM)
     fence_async_shared()
     pipes = ((q_smem, q_full, q_empty), (k_smem, k_full, k_empty), (v_smem, v_full, v_empty))
-    plan = (kv_num, kv_index, tiles, together, heads, group, stride_mask_batch, mask_heads, width)
-    args = (o_box, lse, pipes, plan, units, edge, q_len, kv_len, scale_log2)
+    plan = (kv_num, kv_index, units, tiles, together, heads, group, stride_mask_batch, mask_heads, width)
+    args = (o_box, lse, pipes, plan, edge, q_len, kv_len, scale_log2)
     gl.warp_specialize([
         (_consume, (args, 0, KV, PACK, STORE_LSE)),
         (_consume, (args, 1, KV, PACK, STORE_LSE)),
-        (_produce, (q_box, k_box, v_box, pipes, plan, units, edge, KV, PACK)),
+        (_produce, (q_box, k_box, v_box, pipes, plan, edge, KV, PACK)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -53,12 +53,12 @@ def attend(dim: int) -> int:
 
 def main() -> None:
     torch.manual_seed(0)
-    runs, short = 0, hopper_attention.SHORT
+    runs, limits = 0, {name: getattr(hopper_attention, name) for name in ("SHORT", "LONG_LIST", "TURNS")}
     for dim in (64, 128):
-        for limit in (short, 0):  # 0: the kernels for long contexts, on short ones
-            hopper_attention.SHORT = limit
+        for limit in (dict.fromkeys(limits, 0), limits):  # 0: the kernels for long contexts, on short ones
+            for name, value in limit.items():
+                setattr(hopper_attention, name, value)
             runs += attend(dim)
-        hopper_attention.SHORT = short
         q, k, v = (x.detach() for x in tensors(dim))
         for of in REDUCTIONS:
             for impl in ("auto", "triton"):

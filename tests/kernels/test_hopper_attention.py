@@ -21,11 +21,14 @@ from sparsebench.kernels.hopper_attention import hopper_applies, hopper_forward,
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=[(8192, 32768), (0, 32768), (0, 0)], ids=["short", "medium", "long"])
+LAUNCHES = {"short": {}, "medium": dict(SHORT=0, LONG_LIST=0, TURNS=0), "long": dict(SHORT=0, MEDIUM=0, LONG_LIST=0, TURNS=0)}
+
+
+@pytest.fixture(params=LAUNCHES.values(), ids=LAUNCHES.keys())
 def hopper(request, monkeypatch):
     """The device; every length is launched as short, medium and long ones are."""
-    monkeypatch.setattr(hopper_attention, "SHORT", request.param[0])
-    monkeypatch.setattr(hopper_attention, "MEDIUM", request.param[1])
+    for name, value in request.param.items():
+        monkeypatch.setattr(hopper_attention, name, value)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     return "cuda"
@@ -109,6 +112,7 @@ TEAM = dict(BN=128, STAGES_K=2, STAGES_V=2, PACK=1, maxnreg=168)
 KERNELS = {
     "one stage": ((64, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
     "64-row programs, blocks 128x64": ((128, 64), dict(STAGES=1, Q_IN_REGS=False, maxnreg=128)),
+    "two stages, blocks 128x64": ((128, 64), dict(STAGES=2, Q_IN_REGS=True, maxnreg=168)),
     "64-row programs, blocks 128x128": ((128, 128), dict(STAGES=2, Q_IN_REGS=True, maxnreg=168)),
     "a program for several units": ((128, 128), TEAM | dict(programs=3)),
     "a program for several units, blocks 128x64": ((128, 64), TEAM | dict(programs=3)),
@@ -215,11 +219,28 @@ def test_what_it_refuses():
 
 
 def test_neighbouring_heads_are_packed_only_where_they_share_a_selection(monkeypatch):
-    monkeypatch.setattr(hopper_attention, "SHORT", 0)
+    for name in ("LONG_LIST", "TURNS"):
+        monkeypatch.setattr(hopper_attention, name, 0)
     for heads, kv_heads, mask_heads, packed in ((8, 2, 2, 2), (8, 2, 1, 2), (8, 2, 8, None), (6, 2, 2, None), (2, 2, 2, None)):
         q, k, _ = tensors("cpu", 1, heads, kv_heads)
         assert launch_options(q, k, random_mask("cpu", 1, mask_heads, 300, 300, 64, 64)).get("PACK") == packed
         assert launch_options(q, k, random_mask("cpu", 1, mask_heads, 300, 300, 128, 128))["PACK"] == 1
+
+
+def test_teams_take_long_lists_and_enough_work(monkeypatch):
+    monkeypatch.setattr(hopper_attention, "multiprocessors", lambda device: 4)
+
+    def team(length, width, heads=4, block=128):
+        q = torch.empty(1, heads, length, 128, dtype=torch.bfloat16)
+        rows = torch.ones(1, heads, length // block, dtype=torch.int32)
+        index = torch.zeros(*rows.shape, width, dtype=torch.int32)
+        options = launch_options(q, q[:, : heads // 2], BlockMask(rows, index, length, length, block, block, trusted=True))
+        return options.get("PACK"), options["together"]
+
+    assert team(2048, 12) == (1, 4) and team(2048, 11) == (None, 2)
+    assert team(512, 12) == (1, 4) and team(256, 12) == (None, 2)
+    assert team(2048, 24, block=64) == (None, 2)  # every head has lists of its own
+    assert team(24576, 12) == (1, 2) and team(65536, 12) == (1, 1)
 
 
 @pytest.mark.parametrize("q_block, kv_block", hopper_attention.BLOCKS)
@@ -264,7 +285,7 @@ class Compiled:
         print(self.kernel.__name__, built.metadata.shared, built.asm["ptx"].count("wgmma.mma_async"), len(built.asm["cubin"]))
 for name in ("attention_solo_kernel", "attention_team_kernel"):
     setattr(hopper_attention, name, Compiled(getattr(hopper_attention, name)))
-hopper_attention.SHORT = 0
+hopper_attention.SHORT = hopper_attention.LONG_LIST = hopper_attention.TURNS = 0
 for block, dim in ((64, 128), (128, 64)):
     q = torch.zeros(1, 2, 256, dim, dtype=torch.bfloat16)
     lists = torch.arange(256 // block, dtype=torch.int32).expand(1, 2, -1)
