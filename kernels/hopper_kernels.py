@@ -145,9 +145,11 @@ def _unit(turn):
 
 @gluon.jit
 def _tile(unit, units, tiles, together):
-    """(tile of query rows, heads or packs of them before it) of a unit of work. `together` heads take turns, their long rows first
-    or, where a program takes several units, in every second such group last: _unit gives every program as much only where lengths
-    change without a jump."""
+    """(tile of query rows, heads or packs of them before it) of a unit of work; `together` heads take turns.
+
+    Long rows come first or, where a program takes several units, last in every second group of heads: _unit gives every
+    program as much only where lengths change without a jump.
+    """
     group = unit // (tiles * together)
     in_group = unit % (tiles * together)
     i = in_group // together
