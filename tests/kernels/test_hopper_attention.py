@@ -24,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 LAUNCHES = {"short": {}, "medium": dict(SHORT=0, LONG_LIST=0, TURNS=0), "long": dict(SHORT=0, MEDIUM=0, LONG_LIST=0, TURNS=0)}
 
 
-@pytest.fixture(params=LAUNCHES.values(), ids=LAUNCHES.keys())
+@pytest.fixture(params=list(LAUNCHES.values()), ids=list(LAUNCHES))
 def hopper(request, monkeypatch):
     """The device; every length is launched as short, medium and long ones are."""
     for name, value in request.param.items():
