@@ -57,6 +57,7 @@ def _timed(group: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         ("speed", "total_ms", settings),
     ):
         times = table[(table["suite"] == suite) & (table["metric"] == metric) & ~table["options"].str.contains('"qkv"')]
+        times = times[times["task"] != "block_map"]  # a row of the method dense, of more than attention
         times = times.drop_duplicates(same)  # the first device
         source = f"{suite} {metric}" + times["device"].map(lambda name: f" on {name}" if name else "")
         times = times[same].assign(time_ms=times["value"], time_source=source)

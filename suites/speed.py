@@ -19,7 +19,7 @@ from .base import Cell, Score, Suite, register_suite
 from .baselines import Kernel, dense_baselines, sparse_kernels, time_all, time_backward
 from .checks import Case
 from .inputs import SHAPE, RandomMask, RealMask, Source, saved_facts
-from .timing import Figure, peak_memory, product_tflops
+from .timing import Figure, host_time, peak_memory, product_tflops
 
 BLOCKS = {"kernel_64x64": (64, 64), "kernel_128x64": (128, 64), "kernel_128x128": (128, 128)}  # queries, keys of a block
 BLOCKS |= {"kernel_64x64_shared": (64, 64)}
@@ -35,8 +35,9 @@ class Speed(Suite):
     Median, 20th and 80th percentile of device-event times in ms, B = 1, causal, bf16, on random q, k, v or on those of --qkv.
     Task attention: total = the method end to end as a user calls it; select and attend are its two halves timed alone. Tasks
     kernel_*: total = our kernel alone over a mask of such blocks, random or from --qkv; of _shared the query heads of a KV head
-    have one mask. Task block_map: total = dense attention with its block map, own_dense = our dense attention without it. What
-    is compared takes turns, others' dense kernels excepted. With --backward also dq, dk and dv.
+    have one mask. Task block_map: total = dense attention with its block map, own_dense = our dense attention without it.
+    host_ms = the host's time for one call of total. What is compared takes turns, dense kernels of others excepted. With
+    --backward also dq, dk and dv.
     Every kernel is checked against the reference on samples before it is timed. tflops counts 4 D per selected pair.
     """
 
@@ -131,6 +132,7 @@ class Speed(Suite):
         backward = bool(cell.option("backward"))
         figures, reasons = time_all(others, case, backward, runs)
         self.notes |= reasons
+        figures.append(("host_ms", host_time(runs["total"].forward), "ms"))
         times = {metric: value for metric, value, _ in figures}
         figures += [_rate(f"{part}tflops", case, times[name]) for part, name in RATES.items() if name in times]
         if backward:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
+import random
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +16,7 @@ from torch import Tensor
 T = TypeVar("T")
 Figure = tuple[str, float, str]  # metric, value, unit
 BUDGET_MS = 1500.0  # of measuring per operation
+HEAD_START = 1.5  # of the host before a timed call, in its own time for that call
 PRODUCT = 8192  # rows and columns of the matrices whose product shows what the card can do
 
 
@@ -42,30 +47,47 @@ def timed_call(run: Callable[[], T]) -> tuple[T, float]:
     return result, start.elapsed_time(end)
 
 
-def event_times(*runs: Callable[[], Any]) -> list[Tensor]:
-    """Of every run times of single calls in ms, fp64; 3 to 100 of them after warm-up, the L2 cache flushed in between.
+def host_time(run: Callable[[], Any]) -> float:
+    """How long the host needs for one call in ms, the device idle before: median of 5. More than the call takes on the device
+    where a program does nothing else."""
+    taken = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken)
 
-    The runs take turns: a card that slows down as it gets warm slows all of them.
+
+def event_times(*runs: Callable[[], Any]) -> list[Tensor]:
+    """Of every run the times of single calls on the device in ms, fp64; 3 to 100 of them after warm-up.
+
+    Before each the L2 cache is flushed, for so long that the host is ahead: what it needs is not in the times, unless the call
+    waits for the device. The runs take turns in an order that is drawn anew every time: a card that slows down as it gets
+    warm, or under the call before, slows all of them.
     """
     if not runs:
         return []
-    estimates = [max(timed_call(run)[1], 1e-3) for run in runs for _ in range(2)][1::2]
-    repeats = int(min(max(BUDGET_MS * len(runs) / sum(estimates), 3), 100))
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    for _ in range(min(repeats, 10)):
-        for run in runs:
-            run()
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, taken in zip(runs, events):
+    for run in runs:
+        run()
+    repeats = int(min(max(BUDGET_MS * len(runs) / sum(max(timed_call(run)[1], 1e-3) for run in runs), 3), 100))
+    cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    ahead = max(map(host_time, runs)) / max(timed_call(cache.zero_)[1], 1e-3)
+    flushes = 1 + min(math.ceil(HEAD_START * ahead), 100)
+    order = random.Random(0)
+    taken: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
+    for turn in range(-min(repeats, 10), repeats):
+        for i in order.sample(range(len(runs)), len(runs)):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
+            for _ in range(flushes):
+                cache.zero_()
             start.record()
-            run()
+            runs[i]()
             end.record()
-            taken.append((start, end))
+            if turn >= 0:
+                taken[i].append((start, end))
     torch.cuda.synchronize()
-    return [torch.tensor([start.elapsed_time(end) for start, end in taken], dtype=torch.float64) for taken in events]
+    return [torch.tensor([start.elapsed_time(end) for start, end in times], dtype=torch.float64) for times in taken]
 
 
 @functools.cache

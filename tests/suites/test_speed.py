@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ from sparsebench.suites.baselines import Kernel, dense_baselines, edge_and_whole
 from sparsebench.suites.checks import MOST_ERROR, Case
 from sparsebench.suites.inputs import SHAPE, RandomMask, RealMask, Source, saved_facts
 from sparsebench.suites.speed import Speed
-from sparsebench.suites.timing import event_times
+from sparsebench.suites.timing import event_times, host_time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCALE = 0.25
@@ -60,6 +61,7 @@ def on_cpu(monkeypatch):
         return [torch.tensor([1.0, 2.0, 3.0]) for _ in runs]
 
     monkeypatch.setattr(baselines, "event_times", event_times)
+    monkeypatch.setattr(speed, "host_time", lambda run: run() is not None and 0.5)
     monkeypatch.setattr(speed, "peak_memory", lambda run: (run(), 5.0))
     monkeypatch.setattr(speed, "product_tflops", lambda dtype: 800.0)
     monkeypatch.setattr(speed, "Source", functools.partial(Source, device="cpu"))
@@ -91,7 +93,7 @@ def times_of(*names):
 
 def test_a_baseline_that_cannot_run_is_a_blank_with_its_reason(on_cpu):
     scores, notes = run_cell()
-    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "select", "attend", "fa2")
+    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "select", "attend", "fa2") | {"host_ms"}
     assert scores["fa2_ms"] == 2 and scores["fa2_p80_ms"] > 2 and scores["matmul_tflops"] == 800
     assert notes["flex"] == "not timed: RuntimeError: no such mask"
     assert notes["cudnn"].startswith("not timed: RuntimeError")  # on a CPU there is none
@@ -118,7 +120,7 @@ def test_dense_kernels_are_timed_once_for_all_methods(on_cpu):
 
 def test_dense_has_neither_halves_nor_sparse_opponents(on_cpu):
     scores, notes = run_cell("dense")
-    assert times_of("total", "fa2") == {name for name in scores if name.endswith("_ms")}
+    assert (times_of("total", "fa2") | {"host_ms"}) == {name for name in scores if name.endswith("_ms")}
     assert notes["kernel"] == "sdpa" and "flex" not in notes and scores["density"] == 1
 
 
@@ -129,7 +131,7 @@ def test_kernel_alone(on_cpu, monkeypatch, task, blocks):
     seen = []
     monkeypatch.setattr(baselines, "_flex", lambda case: seen.append(case.mask) or no_kernel(case))
     scores, _ = run_cell("random_mask", {"density": 0.1}, task, density=0.4, ctx_len=1000)
-    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "fa2")
+    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "fa2") | {"host_ms"}
     assert scores["density"] == pytest.approx(0.4, abs=0.03) and scores["error_vs_reference"] < 1e-5
     assert (seen[0].q_block, seen[0].kv_block) == blocks  # opponents get the same mask
     assert run_cell("random_mask", {"density": 0.1}, task, ctx_len=1000)[0]["density"] < 0.25
@@ -146,7 +148,9 @@ def test_a_selection_shared_by_the_heads_of_a_group(on_cpu, monkeypatch):
 
 def test_the_block_map_beside_our_own_dense_attention(on_cpu, monkeypatch):
     scores, notes = run_cell("dense", task="block_map", backward=True)
-    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "own_dense", "fa2", "fa2_backward")
+    assert {name for name in scores if name.endswith("_ms")} == times_of("total", "own_dense", "fa2", "fa2_backward") | {
+        "host_ms"
+    }
     assert scores["density"] == 1 and scores["map_error_vs_reference"] < 1e-5 and notes["kernel"] == "reference"
     assert "no backward" in notes["backward"] and "flex" not in notes
 
@@ -171,7 +175,7 @@ def test_own_kernels_and_others_take_turns(on_cpu):
 
 def test_backward_beside_the_forward(on_cpu):
     scores, notes = run_cell("random", backward=True)
-    wanted = times_of("total", "select", "attend", "fa2", "backward", "fa2_backward")
+    wanted = times_of("total", "select", "attend", "fa2", "backward", "fa2_backward") | {"host_ms"}
     assert {name for name in scores if name.endswith("_ms")} == wanted, notes
     assert scores["backward_tflops"] == pytest.approx(2.5 * scores["attend_tflops"])
 
@@ -468,4 +472,17 @@ def test_runs_take_turns_on_a_gpu():
     order = []
     times = event_times(lambda: order.append(0), lambda: order.append(1))
     assert len(times) == 2 and len(times[0]) == len(times[1]) == 100
-    assert order[-200:] == [0, 1] * 100
+    assert all(sorted(order[-2 * turn - 2 :][:2]) == [0, 1] for turn in range(100))  # both in every turn
+    assert {tuple(order[-2 * turn - 2 :][:2]) for turn in range(100)} == {(0, 1), (1, 0)}
+
+
+@pytest.mark.gpu
+def test_what_the_host_takes_is_not_in_the_times():
+    x = torch.ones(1 << 20, device="cuda")
+
+    def slow():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    assert host_time(slow) > 2
+    assert all(times.median() < 0.5 for times in event_times(slow, lambda: x.add_(1)))
