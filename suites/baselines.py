@@ -68,7 +68,7 @@ def time_backward(kernel: Kernel, case: Case, name: str) -> list[Figure]:
 
 
 def time_all(
-    others: Mapping[str, Callable[[], Kernel]], case: Case, backward: bool, own: Mapping[str, Kernel] | None = None
+    own: Mapping[str, Kernel], others: Mapping[str, Callable[[], Kernel]], case: Case, backward: bool
 ) -> tuple[list[Figure], dict[str, str]]:
     """NAME_ms of our `own` and of others' kernels, which take turns, and with backward NAME_backward_ms of the others; and of
     others that cannot run this or are wrong the reason: a blank in the table, no failure of ours."""
@@ -82,7 +82,7 @@ def time_all(
         except Exception as error:
             reasons[name] = f"not timed: {first_line(error)[:200]}"
     figures: list[Figure] = []
-    timed = {**(own or {}), **ready}
+    timed = {**own, **ready}
     with ExitStack() as stack, torch.no_grad():
         for kernel in timed.values():
             stack.enter_context(kernel.context())
@@ -110,7 +110,7 @@ def dense_baselines(source: Source, backward: bool) -> tuple[list[Figure], dict[
     figures: list[Figure] = []
     reasons: dict[str, str] = {}
     for name, make in kernels.items():  # no turns: torch's choice of a backend is one for the whole process
-        found, missing = time_all({name: make}, case, backward)
+        found, missing = time_all({}, {name: make}, case, backward)
         figures, reasons = figures + found, reasons | missing
     return figures, reasons
 

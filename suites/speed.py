@@ -130,7 +130,7 @@ class Speed(Suite):
         """NAME_ms of `runs`, all ours and found right, in turn with the others' kernels on the same problem; rates; with
         --backward what the gradients cost; and the dense kernels."""
         backward = bool(cell.option("backward"))
-        figures, reasons = time_all(others, case, backward, runs)
+        figures, reasons = time_all(runs, others, case, backward)
         self.notes |= reasons
         figures.append(("host_ms", host_time(runs["total"].forward), "ms"))
         times = {metric: value for metric, value, _ in figures}

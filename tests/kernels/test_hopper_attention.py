@@ -9,11 +9,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparsebench.kernels import BlockMask, causal_blocks, hopper_attention
+from sparsebench.kernels import BlockMask, causal_blocks, hopper_attention, hopper_kernels
 from sparsebench.kernels.block_lists import edge_blocks
 from sparsebench.kernels.block_sparse_attention import block_sparse_attention_reference
 from sparsebench.kernels.hopper_attention import hopper_applies, hopper_forward, launch_options
@@ -182,20 +183,23 @@ def test_large_logits_stay_finite(block, hopper):
 @pytest.mark.parametrize("mask_heads", [1, 136])
 @pytest.mark.parametrize("block", [64, 128])
 def test_offsets_beyond_32_bits(block, mask_heads, hopper):
-    """136 heads x 128k tokens x 128: element offsets of the last heads exceed 2^31 in q, k, v and out."""
-    shape, tail, length = (1, 136, 131072, 128), 256, 131072
-    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=hopper) for _ in range(3))
+    """136 heads x 128k tokens x 128: element offsets of the last heads exceed 2^31 in q, k, v and out (9 GiB as q, k and v are
+    one tensor)."""
+    shape, tail, length, scale = (1, 136, 131072, 128), 256, 131072, 0.02
+    x = torch.randn(shape, dtype=torch.bfloat16, device=hopper)
     rows = torch.arange(length // block, dtype=torch.int32, device=hopper).expand(1, mask_heads, -1)
     mask = BlockMask(torch.ones_like(rows), rows[..., None], length, length, block, block)
-    out, lse = hopper_forward(q, k, v, mask, 128**-0.5, True)
-    last = [x[:, -1:, -tail:].contiguous() for x in (q, k, v)]
-    del q, k, v  # isfinite() takes memory of its own
+    out, lse = hopper_forward(x, x, x, mask, scale, True)
+    last = x[:, -1:, -tail:].clone()
+    del x  # isfinite() takes memory of its own
     assert out.isfinite().all() and lse.isfinite().all()
     few = torch.arange(tail // block, dtype=torch.int32, device=hopper)[None, None]
     local = BlockMask(torch.ones_like(few), few[..., None], tail, tail, block, block)
-    expected, expected_lse = block_sparse_attention_reference(*last, local, 128**-0.5)
+    expected, expected_lse = block_sparse_attention_reference(last, last, last, local, scale)
     assert torch.allclose(out[:, -1:, -tail:].float(), expected.float(), atol=2e-2, rtol=2e-2)
     assert torch.allclose(lse[:, -1:, -tail:], expected_lse, atol=1e-3)
+    del out
+    torch.cuda.empty_cache()  # for tests that run beside this one
 
 
 def test_what_it_refuses():
@@ -241,6 +245,32 @@ def test_teams_take_long_lists_and_enough_work(monkeypatch):
     assert team(512, 12) == (1, 4) and team(256, 12) == (None, 2)
     assert team(2048, 24, block=64) == (None, 2)  # every head has lists of its own
     assert team(24576, 12) == (1, 2) and team(65536, 12) == (1, 1)
+
+
+@pytest.mark.parametrize("together", [1, 4, 16, 32])
+@pytest.mark.parametrize("tiles", [61, 64, 128, 256])
+@pytest.mark.parametrize("programs", [132, 10**6])
+def test_units_are_shared_out_once_and_evenly(programs, tiles, together, monkeypatch):
+    """The kernels' own functions, run as Python. A unit is as long as its row is late."""
+    place, heads = SimpleNamespace(), 32
+    language = SimpleNamespace(
+        where=lambda condition, a, b: a if condition else b, num_programs=lambda _: programs, program_id=lambda _: place.program
+    )
+    monkeypatch.setattr(hopper_kernels, "gl", language)
+    units, work = tiles * heads, []
+    taken = []
+    for place.program in range(min(programs, units)):
+        mine, turn = [], 0
+        while (unit := hopper_kernels._unit.fn(turn)) < units:
+            mine.append(hopper_kernels._tile.fn(unit, units, tiles, together))
+            turn += 1
+        taken += mine
+        work.append(sum(tile + 2 for tile, _ in mine))
+    assert sorted(taken) == [(tile, head) for tile in range(tiles) for head in range(heads)]
+    if programs >= units:
+        assert all(tile == tiles - 1 for tile, _ in taken[:together])  # long rows start first
+    elif tiles * together > 2 * programs:
+        assert max(work) < 1.04 * sum(work) / len(work)
 
 
 @pytest.mark.parametrize("q_block, kv_block", hopper_attention.BLOCKS)

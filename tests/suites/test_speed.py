@@ -169,7 +169,7 @@ def test_own_kernels_and_others_take_turns(on_cpu):
     kernel = speed.ours(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "event_times", lambda *runs: names.append(len(runs)) or [torch.ones(1) for _ in runs])
-        figures, _ = time_all({"a": lambda: kernel, "b": lambda: kernel}, case, False, {"total": kernel, "select": kernel})
+        figures, _ = time_all({"total": kernel, "select": kernel}, {"a": lambda: kernel, "b": lambda: kernel}, case, False)
     assert names == [4] and {name for name, *_ in figures} == times_of("a", "b", "total", "select")
 
 
@@ -227,7 +227,7 @@ def test_wrong_kernels_get_no_number(on_cpu):
         return lambda: Kernel(run, (case.q, case.k, case.v))
 
     made = {"right": kernel(1.0), "wrong": kernel(1.02), "slanted": kernel(1.0, 1.1)}
-    figures, reasons = time_all(made, case, backward=True)
+    figures, reasons = time_all({}, made, case, backward=True)
     assert {name for name, *_ in figures} == times_of("right", "right_backward", "slanted")
     assert reasons.keys() == {"wrong", "slanted_backward"} and "output differs" in reasons["wrong"]
     assert "gradients differ" in reasons["slanted_backward"]
@@ -242,7 +242,7 @@ def test_other_layouts_are_checked_as_what_they_are(on_cpu):
 
     kernel = baselines._flash(case, attention)
     assert all(x.is_contiguous() and x.shape[1] == 256 for x in kernel.inputs)
-    figures, reasons = time_all({"fa": lambda: kernel}, case, backward=True)
+    figures, reasons = time_all({}, {"fa": lambda: kernel}, case, backward=True)
     assert {name for name, *_ in figures} == times_of("fa", "fa_backward") and not reasons
 
 
@@ -298,7 +298,7 @@ def test_how_flash_attention_4_is_called(on_cpu, monkeypatch, blocks):
     monkeypatch.setattr(sys.modules["cutlass"], "cute", sys.modules["cutlass.cute"], raising=False)
     q, k, v = tensors(500, 500)
     case = Case(q, k, v, inputs.random_mask(torch.arange(4), 500, 500, *blocks, 0.4, 0), SCALE)
-    figures, reasons = time_all(baselines.sparse_kernels(case), case, backward=True)  # forward only
+    figures, reasons = time_all({}, baselines.sparse_kernels(case), case, backward=True)  # forward only
     assert {name for name, *_ in figures} == times_of("fa4_sparse"), reasons
 
 
