@@ -389,6 +389,7 @@ def test_the_content_of_files_is_part_of_the_identity(bench, tmp_path, monkeypat
     assert topics[0] != topics[1]
     gate = tmp_path / "gate"
     gate.mkdir()
+    (gate / "config.json").write_text("{}")
     weights = []
     for content in (b"1", b"2"):
         (gate / "gate.safetensors").write_bytes(content)

@@ -16,7 +16,7 @@ from ...kernels import BlockMask, causal_blocks
 from ...kernels.choose_blocks import choose_blocks, complete_rows, own_blocks
 from ..base import LayerContext, Method, ModelSpec, Rope, check_fields, register
 from .gate import AttnGate
-from .weights import LayerGates, load_gates, shipped_gate
+from .weights import LayerGates, find_files, load_gates, shipped_gate
 
 SCRATCH_BYTES = 2**28  # of fp32 scores at a time: 16 heads of 128k tokens in blocks of 64 take 268 MB
 KNOBS = {
@@ -81,6 +81,8 @@ class Seer(Method):
         check_fields(
             self, threshold=(-1, 1), nz_ratio=(0, 1), budget=(1, most), top_p=(0, 1), last_dense=(0, most), min_blocks=(0, most)
         )
+        if isinstance(self.gate, (str, Path)):
+            find_files(Path(self.gate).expanduser())
         knob = chosen[0] if chosen else "threshold"
         if self.min_blocks and knob != "threshold":
             raise ValueError(f"seer:min_blocks goes with threshold, got {knob}")

@@ -96,7 +96,7 @@ def load_gates(path: str | Path, model: ModelSpec, *, source: str | None = None)
     model.layers = 0 leaves the number of layers unchecked.
     Raises: ValueError for missing or unreadable files, a pickle that holds code, or weights of another model.
     """
-    files, config_path = _find_files(Path(path).expanduser())
+    files, config_path = find_files(Path(path).expanduser())
     config = _read_config(config_path)
     try:
         gate = AttnGate(**_options(config), head_dim=model.head_dim, heads=model.heads, kv_heads=model.kv_heads)
@@ -130,7 +130,7 @@ def gate_options(path: str | Path) -> dict:
 
     Raises: ValueError for missing or unreadable files.
     """
-    return _options(_read_config(_find_files(Path(path).expanduser())[1]))
+    return _options(_read_config(find_files(Path(path).expanduser())[1]))
 
 
 def trained_loss(path: str | Path) -> str:
@@ -138,7 +138,7 @@ def trained_loss(path: str | Path) -> str:
 
     Raises: ValueError for missing or unreadable files.
     """
-    return _read_config(_find_files(Path(path).expanduser())[1]).get("training", {}).get("loss", "max")
+    return _read_config(find_files(Path(path).expanduser())[1]).get("training", {}).get("loss", "max")
 
 
 def _read_config(file: Path) -> dict:
@@ -157,8 +157,8 @@ def _options(config: dict) -> dict:
     return {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
 
 
-def _find_files(path: Path) -> tuple[list[Path], Path]:
-    """Weight files and config.json."""
+def find_files(path: Path) -> tuple[list[Path], Path]:
+    """Weight files and config.json. Raises: ValueError when one of them is missing."""
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("attn_gate_weights.pth"))

@@ -312,6 +312,7 @@ def test_params_name_the_weights(tmp_path):
 def test_files_are_what_prepare_reads(tmp_path):
     (shipped,) = Seer().files("smollm2-135m")
     assert (shipped / "gate.safetensors").is_file()
+    save_gates(tmp_path, two_gates(), SPEC, {})
     assert Seer(gate=str(tmp_path)).files("smollm2-135m") == [tmp_path]
 
 
@@ -344,10 +345,10 @@ def test_missing_gates_and_files(tmp_path):
     with pytest.raises(ValueError, match="no trained gate"):
         select(Seer(), q, k)
     with pytest.raises(ValueError, match="no gate weights at"):
-        Seer(gate=str(tmp_path / "none")).prepare(SPEC)
+        Seer(gate=str(tmp_path / "none"))
     save_file({"x": torch.zeros(1)}, tmp_path / "gate.safetensors")
     with pytest.raises(ValueError, match=r"no config\.json"):
-        Seer(gate=str(tmp_path)).prepare(SPEC)
+        Seer(gate=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="seerattn_gate_type"):
         Seer(gate=str(tmp_path)).prepare(SPEC)

@@ -9,9 +9,11 @@ def test_names_fields_and_separators():
     assert methods == [METHODS["dense"](), METHODS["minference"](vertical=100, slash=600), METHODS["a_shape"](local=512)]
 
 
-def test_types_follow_the_fields():
-    (seer,) = parse_methods("seer:threshold=1e-3,gate=some/folder,share_gqa=true,last_dense=1")
-    assert (seer.threshold, seer.gate, seer.share_gqa, seer.last_dense) == (1e-3, "some/folder", True, 1)
+def test_types_follow_the_fields(tmp_path):
+    for name in ("config.json", "gate.safetensors"):
+        (tmp_path / name).touch()
+    (seer,) = parse_methods(f"seer:threshold=1e-3,gate={tmp_path},share_gqa=true,last_dense=1")
+    assert (seer.threshold, seer.gate, seer.share_gqa, seer.last_dense) == (1e-3, str(tmp_path), True, 1)
     assert parse_methods("seer:threshold=none") == parse_methods("seer")
 
 
