@@ -132,7 +132,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
                 f"gate {args.init} has {', '.join(f'{name}={kept[name]}' for name in other)}: leave that option out"
             )
         given |= kept
-    return args, Recipe(**given)
+    recipe = Recipe(**given)
+    if args.ctx <= recipe.block:
+        raise ValueError(f"--ctx {args.ctx} is one block of {recipe.block} tokens: a gate learns to choose among several")
+    return args, recipe
 
 
 def _distill(argv: list[str] | None) -> None:

@@ -340,6 +340,7 @@ def test_command_writes_a_gate_that_seer_loads(tiny, tmp_path, monkeypatch, caps
 
     other = ["--out", str(tmp_path / "other")]
     assert "--ctx 8192: tiny is limited to 1024 tokens" in refused(*other, "--ctx", "8k")
+    assert "--ctx 64 is one block of 64 tokens" in refused(*other, "--ctx", "64")
     few = ["--ctx", "1k", "--block", "32"]
     corpus.write_text(json.dumps({"id": "1", "split": "train", "text": "1 2 3"}))
     assert "one sequence takes 1024" in refused(*other, *few)
