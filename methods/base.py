@@ -197,21 +197,32 @@ def check_fields(method: Method, **bounds: tuple[float, float]) -> None:
 
 
 def selected(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMask:
-    """method.select(q, k, ctx). Raises: ValueError when that is no BlockMask."""
+    """method.select(q, k, ctx). Raises: ValueError when that is no BlockMask, or changes q or k."""
+    written = _written(q, k)
     mask = method.select(q, k, ctx)
+    if _written(q, k) != written:
+        raise ValueError(f"{method.name}: select() must leave q and k as they are, it changed one of them in place")
     if not isinstance(mask, BlockMask):
         raise ValueError(f"{method.name}: select() must return a BlockMask, got {type(mask).__name__}")
     return mask
 
 
 def attended(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-    """method.attend(q, k, v, ctx). Raises: ValueError when that has another shape or dtype than q."""
+    """method.attend(q, k, v, ctx). Raises: ValueError when that has another shape or dtype than q, or changes q, k or v."""
+    written = _written(q, k, v)
     out = method.attend(q, k, v, ctx)
+    if _written(q, k, v) != written:
+        raise ValueError(f"{method.name}: attend() must leave q, k and v as they are, it changed one of them in place")
     # Autocast computes in a dtype of its own.
     if out.shape != q.shape or (out.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
         wanted, got = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (q, out))
         raise ValueError(f"{method.name}: attend() must return {wanted}, got {got}")
     return out
+
+
+def _written(*tensors: Tensor) -> list[int]:
+    """How often torch has written into each; unknown for tensors of torch.inference_mode()."""
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _context(q, k, v, q_pre, k_pre, rope_theta, layer) -> LayerContext:

@@ -126,12 +126,20 @@ class WrongOutput(Wrong):
         (WrongMask(lambda q: q > 0), r"select\(\) must return a BlockMask, got Tensor"),
         (WrongOutput(lambda q: q.transpose(1, 2)), r"must return \[1, 2, 100, 8\] float32, got \[1, 100, 2, 8\] float32"),
         (WrongOutput(lambda q: q.double()), r"must return \[1, 2, 100, 8\] float32, got \[1, 2, 100, 8\] float64"),
+        (WrongMask(lambda q: q.mul_(2)), r"select\(\) must leave q and k as they are"),
+        (WrongOutput(lambda q: q.mul_(2)), r"attend\(\) must leave q, k and v as they are"),
     ],
 )
-def test_what_a_method_returns_wrongly_is_named(method, message):
+def test_what_a_method_does_wrongly_is_named(method, message):
     q, k = torch.randn(1, 2, 100, 8), torch.randn(1, 1, 100, 8)
     with pytest.raises(ValueError, match=message):
         sparsebench.attention(method, q, k, k)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        q, k = torch.randn(1, 2, 100, 8), torch.randn(1, 1, 100, 8)
+        assert sparsebench.attention(METHODS["random"](), q, k, k)[0].shape == q.shape
 
 
 def test_nan_for_the_future_is_no_fault():
