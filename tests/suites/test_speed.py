@@ -23,7 +23,7 @@ from sparsebench.methods.oracle import Oracle
 from sparsebench.methods.random_blocks import RandomBlocks
 from sparsebench.models import zoo
 from sparsebench.models.calibrate import capture_layers
-from sparsebench.suites import baselines, capture, inputs, speed
+from sparsebench.suites import baselines, capture, inputs, speed, timing
 from sparsebench.suites.base import Cell, NotApplicable
 from sparsebench.suites.baselines import Kernel, dense_baselines, edge_and_whole, time_all
 from sparsebench.suites.checks import MOST_ERROR, Case
@@ -467,13 +467,35 @@ def test_the_block_map_on_a_gpu():
     assert scores["map_error_vs_reference"] < MOST_ERROR and scores["peak_mb"] > 0 and suite.notes["kernel"] != "reference"
 
 
-@pytest.mark.gpu
-def test_runs_take_turns_on_a_gpu():
-    order = []
-    times = event_times(lambda: order.append(0), lambda: order.append(1))
-    assert len(times) == 2 and len(times[0]) == len(times[1]) == 100
-    assert all(sorted(order[-2 * turn - 2 :][:2]) == [0, 1] for turn in range(100))  # both in every turn
-    assert {tuple(order[-2 * turn - 2 :][:2]) for turn in range(100)} == {(0, 1), (1, 0)}
+class Clock:
+    """A device event of a device that is never behind the host."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.seconds - self.seconds)
+
+
+def test_runs_take_turns_in_random_order(monkeypatch):
+    empty, order = torch.empty, []
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(16, dtype=dtype))
+    monkeypatch.setattr(timing, "timed_call", lambda run: (run(), 50.0))
+
+    def run(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+
+    fast, slow = event_times(lambda: run("fast", 1e-3), lambda: run("slow", 4e-3))
+    assert len(fast) == len(slow) == 30 and fast.median() < slow.median() >= 4
+    turns = [tuple(order[at : at + 2]) for at in range(len(order) - 2 * len(fast), len(order), 2)]
+    assert set(turns) == {("fast", "slow"), ("slow", "fast")}
+    assert event_times() == []
 
 
 @pytest.mark.gpu
