@@ -48,8 +48,7 @@ def timed_call(run: Callable[[], T]) -> tuple[T, float]:
 
 
 def host_time(run: Callable[[], Any]) -> float:
-    """How long the host needs for one call in ms, the device idle before: median of 3. More than the call takes on the device
-    where a program does nothing else."""
+    """How long the host needs for one call in ms, the device idle before: median of 3."""
     taken = []
     for _ in range(3):
         torch.cuda.synchronize()
