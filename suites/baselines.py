@@ -26,8 +26,8 @@ DENSE_BACKENDS = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_A
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation on one problem: run(*inputs) is what is timed, inputs are q, k, v in the layout it wants. check() is for
-    those that return the attention output alone."""
+    """An implementation on one problem: run(*inputs) is what is timed, inputs are q, k, v in the layout it wants. check() is
+    for those that return the attention output alone."""
 
     run: Callable[..., Any]
     inputs: tuple[Tensor, ...]
