@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +22,12 @@ from sparsebench.methods.oracle import Oracle
 from sparsebench.methods.random_blocks import RandomBlocks
 from sparsebench.models import zoo
 from sparsebench.models.calibrate import capture_layers
-from sparsebench.suites import baselines, capture, inputs, speed, timing
+from sparsebench.suites import baselines, capture, inputs, speed
 from sparsebench.suites.base import Cell, NotApplicable
 from sparsebench.suites.baselines import Kernel, dense_baselines, edge_and_whole, time_all
 from sparsebench.suites.checks import MOST_ERROR, Case
 from sparsebench.suites.inputs import SHAPE, RandomMask, RealMask, Source, saved_facts
 from sparsebench.suites.speed import Speed
-from sparsebench.suites.timing import event_times, host_time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCALE = 0.25
@@ -465,46 +463,3 @@ def test_the_block_map_on_a_gpu():
     scores = {score.metric: score.value for score in suite.run(None, cell)}
     assert {"total_ms", "own_dense_ms", "fa2_ms", "cudnn_ms"} <= set(scores), suite.notes
     assert scores["map_error_vs_reference"] < MOST_ERROR and scores["peak_mb"] > 0 and suite.notes["kernel"] != "reference"
-
-
-class Clock:
-    """A device event of a device that is never behind the host."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.seconds - self.seconds)
-
-
-def test_runs_take_turns_in_random_order(monkeypatch):
-    empty, order = torch.empty, []
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(16, dtype=dtype))
-    monkeypatch.setattr(timing, "timed_call", lambda run: (run(), 50.0))
-
-    def run(name, seconds):
-        order.append(name)
-        time.sleep(seconds)
-
-    fast, slow = event_times(lambda: run("fast", 1e-3), lambda: run("slow", 4e-3))
-    assert len(fast) == len(slow) == 30 and fast.median() < slow.median() >= 4
-    turns = [tuple(order[at : at + 2]) for at in range(len(order) - 2 * len(fast), len(order), 2)]
-    assert set(turns) == {("fast", "slow"), ("slow", "fast")}
-    assert event_times() == []
-
-
-@pytest.mark.gpu
-def test_what_the_host_takes_is_not_in_the_times():
-    x = torch.ones(1 << 20, device="cuda")
-
-    def slow():
-        time.sleep(2e-3)
-        x.add_(1)
-
-    assert host_time(slow) > 2
-    assert all(times.median() < 0.5 for times in event_times(slow, lambda: x.add_(1)))
