@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .block_lists import edge_blocks
 from .block_mask import BlockMask
 from .hopper_attention import hopper_applies, hopper_forward, unsupported
-from .launch import L2_SHARE, LOG2E, aligned, planned, power_of_2
+from .launch import LOG2E, aligned, in_cache, planned, power_of_2
 
 HEAD_DIMS = (64, 96, 128, 256)
 TILE_ROWS = 64  # queries that are computed together; masks with smaller query blocks run on the union of their lists
@@ -299,14 +299,18 @@ def _launch_options(q: Tensor, k: Tensor, kv_block: int) -> dict:
     """Tile shape, heads that take turns, warps and stages; measured on an H100 (docs/kernels.md)."""
     if q.dtype == torch.float32:  # exact fp32 products run on the ordinary cores; wider tiles spill registers
         return dict(BM=64, BN=16, together=1, num_warps=8, num_stages=1)
-    heads, kv_len, dim = k.shape[1:]
-    if 2 * heads * kv_len * dim * q.element_size() <= L2_SHARE:
-        together = q.shape[1]
-    else:
-        together = q.shape[1] // heads if kv_len > 8192 and kv_block == 64 else 1
-    if dim > 128:
+    together = heads_in_turn(q, k, kv_block)
+    if k.shape[3] > 128:
         return dict(BM=64, BN=32, together=together, num_warps=4, num_stages=2)
     return dict(BM=64, BN=min(kv_block, 64), together=together, num_warps=4, num_stages=3)
+
+
+def heads_in_turn(q: Tensor, k: Tensor, kv_block: int) -> int:
+    """Neighbouring query heads that take turns in launch order."""
+    heads, kv_len = k.shape[1:3]
+    if in_cache(k, heads):
+        return q.shape[1]
+    return q.shape[1] // heads if kv_len > 8192 and kv_block == 64 else 1
 
 
 def _box(x: Tensor, rows: int) -> TensorDescriptor:

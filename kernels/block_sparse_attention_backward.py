@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .block_mask import BlockMask
-from .block_sparse_attention import _box, _edge_tiles
+from .block_sparse_attention import _box, _edge_tiles, heads_in_turn
 from .block_sparse_attention_backward_kernels import (
     block_sparse_attention_bwd_dkdv_kernel,
     block_sparse_attention_bwd_dq_kernel,
 )
-from .launch import L2_SHARE, LOG2E, aligned, power_of_2
+from .launch import LOG2E, aligned, power_of_2
 from .transpose_lists import transpose_lists
 
 PARTS = 4  # programs that share the longest possible list of query tiles
@@ -79,12 +79,10 @@ def block_sparse_attention_backward(
 
 def _dq_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
     """Tile shape, heads that take turns, warps and stages of the kernel of the queries; picked by what ptxas reports."""
-    heads, kv_len, dim = k.shape[1:]
-    fits = 2 * heads * kv_len * dim * q.element_size() <= L2_SHARE
-    together = q.shape[1] if fits else q.shape[1] // heads if kv_len > 8192 and mask.kv_block == 64 else 1
+    together = heads_in_turn(q, k, mask.kv_block)
     if q.dtype == torch.float32:
         return dict(BM=16, BN=16, together=together, num_warps=8, num_stages=1)
-    if dim > 128:
+    if k.shape[3] > 128:
         return dict(BM=64, BN=32, together=together, num_warps=4, num_stages=2)
     return dict(BM=64, BN=64, together=together, num_warps=4, num_stages=2)
 

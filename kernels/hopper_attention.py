@@ -11,7 +11,7 @@ from .block_lists import edge_blocks
 from .block_mask import BlockMask
 from .hopper_kernels import attention_solo_kernel
 from .hopper_team import attention_team_kernel
-from .launch import L2_SHARE, LOG2E, aligned, multiprocessors, planned
+from .launch import LOG2E, aligned, in_cache, multiprocessors, planned
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))  # queries x keys
 DTYPES = (torch.float16, torch.bfloat16)
@@ -125,7 +125,7 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
         return options
     # Heads of a group read the same K and V: 552 against 535 at 32k, half kept; 487 against 509 at 128k, where one head's K
     # and V overflow the cache and the group's programs only drift apart.
-    together = group if _kv_bytes(k) <= L2_SHARE else 1
+    together = group if in_cache(k, 1) else 1
     if kv_len <= SHORT:  # four programs hide each other's starts and ends: 413 against 403 with three
         return dict(STAGES=1, Q_IN_REGS=False, together=together, num_warps=4, maxnreg=128)
     # Long rows wait for the cache instead: a second stage is worth as much as the fourth program, or a little more.
@@ -135,13 +135,8 @@ def launch_options(q: Tensor, k: Tensor, mask: BlockMask) -> dict:
 def heads_in_cache(q: Tensor, k: Tensor) -> int:
     """Query heads whose keys and values stay in the second-level cache together; one KV head's at least."""
     kv_heads = k.shape[1]
-    fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * _kv_bytes(k) <= L2_SHARE]
+    fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and in_cache(k, n)]
     return q.shape[1] // kv_heads * max(fitting, default=1)
-
-
-def _kv_bytes(k: Tensor) -> int:
-    """Of one head's keys and values."""
-    return 2 * k.shape[2] * k.shape[3] * k.element_size()
 
 
 def _box(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

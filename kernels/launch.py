@@ -36,6 +36,11 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a start at odd bytes
 
 
+def in_cache(k: Tensor, heads: int) -> bool:
+    """Whether the keys and values of that many heads of k [B, H_kv, kv_len, D] stay in the second-level cache together."""
+    return 2 * heads * k.shape[2] * k.shape[3] * k.element_size() <= L2_SHARE
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n >= 1; a tenth of the time of Triton's, which is made for kernels."""
     return 1 << (n - 1).bit_length()
