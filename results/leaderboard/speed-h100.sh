@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What speed-*-h100.csv hold, as leaderboard.csv of the folder OUT. In the repository root, on an H100 with flash-attn-4, about 8 minutes:
+# What speed-h100.csv holds, as leaderboard.csv of the folder OUT. In the repository root, on an H100 with flash-attn-4, about 7 minutes:
 #   bash results/leaderboard/speed-h100.sh OUT books.jsonl
 # Called again it goes on where it stopped.
 set -e
