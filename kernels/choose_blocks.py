@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block_lists import FULL_WIDTH_BYTES, block_lists, causal_blocks
 from .block_mask import BlockMask
-from .launch import INTERPRETED, Launch, multiprocessors, power_of_2, runs_triton
+from .launch import Launch, multiprocessors, power_of_2, product_precision, runs_triton
 
 MOST_BLOCKS = 8192  # key blocks of a row that the kernel holds in registers; longer contexts take the reference
 MOST_CHANNELS = 256
@@ -148,30 +148,72 @@ def _best(b_s, b_want, FLOAT_STEPS: tl.constexpr):
 
 
 @triton.jit
+def _choose_rows(
+    scores, num, index, i_bh, first, rows, columns, width, threshold, offset, kv_len, first_dense, q_block, kv_block,
+    TOP: tl.constexpr, ABOVE: tl.constexpr, DIAGONAL: tl.constexpr, COMPLETE: tl.constexpr, LIST: tl.constexpr,
+    NC: tl.constexpr, HELD: tl.constexpr, BR: tl.constexpr, FLOAT_STEPS: tl.constexpr,
+):  # fmt: skip
+    """BR rows of a head from `first` on, of whose scores, NC a row, the first HELD are held in registers."""
+    o_r = tl.arange(0, BR)
+    o_c = tl.arange(0, HELD)
+    m_r = first + o_r < rows
+    b_row = tl.minimum(first + o_r, rows - 1)
+    b_first_query = offset + b_row * q_block
+    b_own = (b_first_query // kv_block)[:, None] == o_c[None, :]
+    b_seen = (tl.minimum(b_first_query + q_block, kv_len) - 1) // kv_block + 1
+    m_c = o_c[None, :] < b_seen[:, None]
+    # [BR, HELD]
+    b_s = tl.load(scores + o_r[:, None] * NC + o_c[None, :], mask=m_c, other=float("-inf"))
+    if ABOVE:
+        b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * 1.4426950408889634)
+        b_take = (b_p / tl.sum(b_p, 1)[:, None] > threshold) & m_c
+    if TOP:
+        b_s = tl.where(b_s == b_s, b_s, float("inf"))  # NaN is chosen, and never more of it than wanted
+        b_want = tl.minimum(b_seen, width)
+        if DIAGONAL:
+            b_s = tl.where(b_own, float("-inf"), b_s)
+            b_want -= 1
+        b_best = _best(b_s, b_want, FLOAT_STEPS)
+        b_take = b_take | b_best if ABOVE else b_best
+    if DIAGONAL:
+        b_take |= b_own
+    b_take |= m_c & (b_row >= first_dense)[:, None]
+    if COMPLETE:
+        b_sees = b_take & (o_c[None, :] * kv_block <= b_first_query[:, None])
+        b_take |= b_own & (tl.max(b_sees.to(tl.int32), 1) == 0)[:, None]
+    i_row = i_bh.to(tl.int64) * rows + first
+    tl.store(num + i_row + o_r, tl.sum(b_take.to(tl.int32), 1), mask=m_r)
+    if LIST:
+        b_slot = o_r[:, None] * columns + tl.cumsum(b_take.to(tl.int32), 1) - 1
+        tl.store(index + i_row * columns + b_slot, tl.broadcast_to(o_c[None, :], [BR, HELD]), mask=b_take & m_r[:, None])
+
+
+@triton.jit
 def choose_blocks_fwd_kernel(
     q, k, scores, num, index, tiles, heads_all, heads, k_heads, rows, blocks, width, columns, threshold, scale, offset,
     kv_len, first_dense, q_block, kv_block,
     G: tl.constexpr, BG: tl.constexpr, TOP: tl.constexpr, ABOVE: tl.constexpr, DIAGONAL: tl.constexpr, COMPLETE: tl.constexpr,
-    LIST: tl.constexpr, NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, FLOAT_STEPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LIST: tl.constexpr, NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, SIZES: tl.constexpr,
+    FLOAT_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles of BM rows of one head, one after the other. The scores of a tile go to memory that is the program's
-    own and stays in the cache, since a row must be seen whole to choose; then BR rows at a time are held in registers."""
+    own, since a row must be seen whole to choose; then BR rows of NC scores are held in registers, or, where the tile sees at
+    most half of the blocks, twice as many rows of half the length, and so on for SIZES sizes."""
     scores += tl.program_id(0).to(tl.int64) * (BM * NC)
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_g = tl.arange(0, BG)
     m_g = (o_g < G)[None, :]
-    o_c = tl.arange(0, NC)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i_bh = tile % heads_all
         first = (tiles - 1 - tile) // heads_all * BM  # long rows first
         i_k = i_bh // heads * k_heads + i_bh % heads // (heads // k_heads)
         end = tl.minimum(offset + tl.minimum(first + BM, rows) * q_block, kv_len)
+        seen = (end - 1) // kv_block + 1
         # [BM, BG]
         p_q = q + (i_bh.to(tl.int64) * rows + first + o_m)[:, None] * G + o_g[None, :]
         b_q = tl.load(p_q, mask=(first + o_m < rows)[:, None] & m_g, other=0.0)
-        for n in range(0, (end - 1) // kv_block + 1, BN):
+        for n in range(0, seen, BN):
             p_k = k + (i_k.to(tl.int64) * blocks + n + o_n)[:, None] * G + o_g[None, :]
             # [BN, BG]
             b_k = tl.load(p_k, mask=(n + o_n < blocks)[:, None] & m_g, other=0.0)
@@ -179,56 +221,33 @@ def choose_blocks_fwd_kernel(
             b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
             tl.store(scores + o_m[:, None] * NC + n + o_n[None, :], b_s * scale)
         tl.debug_barrier()
-        for r in range(0, BM, BR):
-            o_r = r + tl.arange(0, BR)
-            m_r = first + o_r < rows
-            b_row = tl.minimum(first + o_r, rows - 1)
-            b_first_query = offset + b_row * q_block
-            b_own = (b_first_query // kv_block)[:, None] == o_c[None, :]
-            b_seen = (tl.minimum(b_first_query + q_block, kv_len) - 1) // kv_block + 1
-            m_c = o_c[None, :] < b_seen[:, None]
-            # [BR, NC]
-            b_s = tl.load(scores + o_r[:, None] * NC + o_c[None, :], mask=m_c, other=float("-inf"))
-            if ABOVE:
-                b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * 1.4426950408889634)
-                b_take = (b_p / tl.sum(b_p, 1)[:, None] > threshold) & m_c
-            if TOP:
-                b_s = tl.where(b_s == b_s, b_s, float("inf"))  # NaN is chosen, and never more of it than wanted
-                b_want = tl.minimum(b_seen, width)
-                if DIAGONAL:
-                    b_s = tl.where(b_own, float("-inf"), b_s)
-                    b_want -= 1
-                b_best = _best(b_s, b_want, FLOAT_STEPS)
-                b_take = b_take | b_best if ABOVE else b_best
-            if DIAGONAL:
-                b_take |= b_own
-            b_take |= m_c & (b_row >= first_dense)[:, None]
-            if COMPLETE:
-                b_sees = b_take & (o_c[None, :] * kv_block <= b_first_query[:, None])
-                b_take |= b_own & (tl.max(b_sees.to(tl.int32), 1) == 0)[:, None]
-            i_row = i_bh.to(tl.int64) * rows + first + r
-            tl.store(num + i_row + tl.arange(0, BR), tl.sum(b_take.to(tl.int32), 1), mask=m_r)
-            if LIST:
-                b_slot = tl.arange(0, BR)[:, None] * columns + tl.cumsum(b_take.to(tl.int32), 1) - 1
-                tl.store(index + i_row * columns + b_slot, tl.broadcast_to(o_c[None, :], [BR, NC]), mask=b_take & m_r[:, None])
+        for size in tl.static_range(SIZES):
+            if (seen <= NC >> size) & ((size == SIZES - 1) | (seen > NC >> size + 1)):
+                at_once: tl.constexpr = min(BR << size, BM)
+                for r in range(0, BM, at_once):
+                    _choose_rows(
+                        scores + r * NC, num, index, i_bh, first + r, rows, columns, width, threshold, offset, kv_len,
+                        first_dense, q_block, kv_block, TOP, ABOVE, DIAGONAL, COMPLETE, LIST, NC, NC >> size, at_once,
+                        FLOAT_STEPS,
+                    )  # fmt: skip
         tl.debug_barrier()
 
 
 def _launch_options(dtype: torch.dtype, channels: int, columns: int, top: bool) -> dict[str, Any]:
     """`programs` per multiprocessor, whose registers `maxnreg` divides among them; BR: rows of `columns` scores held at a time,
-    32 scores a thread where one row is not more.
+    32 scores a thread where one row is not more, and SIZES of such rows.
 
     On an H100 with TF32 products, 8, 4 and 2 warps: 128 columns 0.0174, 0.0204, 0.0275 ms; 512: 0.171, 0.125, 0.116; 2048:
-    1.85, 1.29, 1.19. Three bf16 products take 6 % longer than one TF32 product, three TF32 products 30 %.
+    1.85, 1.29, 1.19. Three bf16 products take 6 % longer than one TF32 product, three TF32 products 30 %. With 2 warps and
+    6, then 8 programs: 512 columns 0.134, 0.114 (with two sizes 0.150, 0.142), 2048 1.50, 1.50 (with two sizes 1.40, 1.27).
     """
     few = 2048 if top else 1024  # a threshold's sums take registers
     warps = 8 if columns <= 128 or columns > 2 * few else 2 if columns <= few else 4
     tile = dict(BM=16, BN=32 if warps == 2 else 64, BR=min(max(32 * 32 * warps // columns, 1), 16), FLOAT_STEPS=16)
-    together, maxnreg = (8, 255) if channels > 128 else (16, 128) if columns <= 128 else (12, 168)
-    programs = dict(programs=together // warps, maxnreg=maxnreg)
-    split = dtype == torch.float32 and not INTERPRETED  # the interpreter is exact and does not know the word
-    precision = "bf16x3" if split else "tf32"
-    return tile | programs | dict(PRECISION=precision, num_warps=warps, num_stages=2)
+    small = columns <= 512 or (top and columns <= few)
+    together, maxnreg = (8, 255) if channels > 128 else (16, 128) if small else (12, 168)
+    programs = dict(programs=together // warps, maxnreg=maxnreg, SIZES=1 if columns <= 512 else 2)
+    return tile | programs | dict(PRECISION=product_precision(dtype), num_warps=warps, num_stages=2)
 
 
 @functools.lru_cache(256)

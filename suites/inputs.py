@@ -150,5 +150,6 @@ class RealMask(Method):
         mask = keep_top(mass, source.ctx_len, source.ctx_len, *blocks, density, across_rows=True)
         head = torch.arange(heads, device=source.device)
         head = head // wanted % source.spec.kv_heads * given + head % wanted % given
-        num, index = mask.kv_num_blocks[:, head], mask.kv_indices[:, head]
+        longest = int(mask.kv_num_blocks.max())  # no wider lists than a random mask's: kernels are chosen by their width
+        num, index = mask.kv_num_blocks[:, head], mask.kv_indices[:, head, :, :longest]
         return BlockMask(num, index, source.ctx_len, source.ctx_len, *blocks, trusted=True)

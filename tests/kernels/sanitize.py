@@ -13,6 +13,7 @@ import torch
 from sparsebench.kernels import BlockMask, block_sparse_attention, causal_blocks, hopper_attention
 from sparsebench.kernels.attention_with_map import attention_with_map
 from sparsebench.kernels.block_mass import REDUCTIONS
+from sparsebench.kernels.choose_blocks import choose_blocks
 from sparsebench.methods import METHODS
 from sparsebench.methods.base import ModelSpec, attention
 from sparsebench.methods.seer.method import Seer
@@ -69,6 +70,11 @@ def main() -> None:
             attention(method.synthetic(model, 0), q, k, v, rope_theta=1e4)
             runs += 1
             print(f"D {dim}: {method.name}", flush=True)
+        tokens = 40 * TOKENS  # many key blocks, of which a kernel holds halves
+        few, many = (torch.randn(1, HEADS, -(-tokens // block), dim, device="cuda") for block in (128, 16))
+        for rule in (dict(width=9), dict(threshold=1e-3, least=3)):
+            choose_blocks(few, many, tokens, tokens, 128, 16, **rule)
+            runs += 1
     torch.cuda.synchronize()
     print(f"{runs} runs on {torch.cuda.get_device_name()}")
 

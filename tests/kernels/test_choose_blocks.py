@@ -25,6 +25,7 @@ SHAPES = {  # batch, heads, k_heads, q_len, kv_len, q_block, kv_block, channels
     "several tiles": (1, 1, 1, 1050, 1050, 16, 16, 48),
     "a query a row": (1, 1, 1, 33, 60, 1, 16, 16),
     "rows of two blocks": (1, 1, 1, 200, 230, 32, 16, 16),
+    "tiles of two lengths": (1, 1, 1, 2400, 2400, 64, 4, 16),
 }
 RULES = {
     "width": dict(width=3),

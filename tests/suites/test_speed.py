@@ -348,6 +348,7 @@ def test_real_masks_are_the_oracles(layer_file):
     mask = RealMask.make(source, (64, 64), 0.5, 32)
     oracle = select(Oracle(density=0.5), ctx.q, ctx.k).dense()
     assert mask.kv_num_blocks.shape[1] == SHAPE.heads == 32
+    assert mask.kv_indices.shape[3] == mask.kv_num_blocks.max()
     heads = torch.arange(32)
     expected = heads // 4 % 2 * 2 + heads % 4 % 2  # groups of 2 in the file, of 4 in the shape
     assert torch.equal(mask.dense(), oracle[:, expected])
