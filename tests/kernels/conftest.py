@@ -1,9 +1,11 @@
-"""Poisoned memory, the definition in fp64, and the one tolerance rule of the kernel tests."""
+"""Poisoned and guarded memory, the definition in fp64, and the one tolerance rule of the kernel tests."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import triton.runtime.interpreter as interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +21,54 @@ def poisoned_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+class Guard:
+    """The memory operations of Triton's interpreter, which must stay inside the storages of the tensors of a launch."""
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def allow(self, args):
+        tensors = [getattr(x, "base", x) for x in args]  # a descriptor's
+        storages = [x.untyped_storage() for x in tensors if isinstance(x, torch.Tensor)]
+        ranges = sorted({(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages})
+        self.first, self.end = np.array(ranges, dtype=np.uint64).reshape(-1, 2).T
+
+    def check(self, pointers, mask, size):
+        wanted = pointers[mask]
+        owner = np.searchsorted(self.first, wanted, side="right") - 1
+        outside = (owner < 0) | (wanted + np.uint64(size) > self.end[owner])
+        assert not outside.any(), f"{outside.sum()} of {outside.size} addresses are outside of all tensors of the launch"
+
+    def load(self, pointers, mask, other, dtype):
+        self.check(pointers, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, value, mask):
+        self.check(pointers, mask, value.itemsize)
+        return self.memory.store(pointers, value, mask)
+
+    def atomic_rmw(self, operation, pointers, value, mask, order):
+        self.check(pointers, mask, value.itemsize)
+        return self.memory.atomic_rmw(operation, pointers, value, mask, order)
+
+
+@pytest.fixture(autouse=True)
+def guarded_memory(monkeypatch):
+    """An interpreted kernel that reads or writes outside of its tensors fails the test."""
+    guard, to_host = Guard(interpreter._interpreter), interpreter.GridExecutor._init_args_hst
+
+    def to_guarded_host(self, args, kwargs):
+        args, kwargs = to_host(self, args, kwargs)
+        guard.allow([*args, *kwargs.values()])
+        return args, kwargs
+
+    monkeypatch.setattr(interpreter, "_interpreter", guard)
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", to_guarded_host)
 
 
 @pytest.fixture
