@@ -239,7 +239,7 @@ def _launch_options(dtype: torch.dtype, channels: int, columns: int, top: bool) 
 
     On an H100 with TF32 products, 8, 4 and 2 warps: 128 columns 0.0174, 0.0204, 0.0275 ms; 512: 0.171, 0.125, 0.116; 2048:
     1.85, 1.29, 1.19. Three bf16 products took 6 % longer than one TF32 product then, three TF32 products 30 %. Later, with
-    them and 2 warps, 6 and 8 programs: 512 columns 0.134, 0.114 (two sizes 0.150, 0.142), 2048 1.50, 1.50 (two sizes 1.40, 1.27).
+    them and 2 warps, 6 and 8 programs: 512 take 0.134, 0.114 (two sizes 0.150, 0.142), 2048 1.50 both (two sizes 1.40, 1.27).
     """
     few = 2048 if top else 1024  # a threshold's sums take registers
     warps = 8 if columns <= 128 or columns > 2 * few else 2 if columns <= few else 4
