@@ -31,7 +31,7 @@ def choose_blocks(
 
     Args:
         q [B, H, NQ, G], k [B, H_k, NK, G]: what stands for each block, H % H_k == 0; all sums are fp32. Products are exact
-            but for fp32 operands in the kernel, which errs by at most 2^-16 of sum |q_c k_c|.
+            but for fp32 operands in the kernel, which errs by at most 3 * 2^-16 of sum |q_c k_c|.
         q_len, kv_len, q_block, kv_block: tokens; q's last row sits at k's last row.
         width: blocks, at least 1; a row with fewer causal blocks keeps them all. Equal scores: the earlier block.
         threshold: strict. One below 0 keeps all.  least: blocks, for a threshold alone.

@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 SHORT, MEDIUM = 8192, 32768  # tokens up to which a choice of launch_options was measured
-LONG_LIST = 1536  # keys of the longest row from which on teams are faster; at 8k 1408: 404 against 415, 1792: 486 against 468
+LONG_LIST = 1536  # lists this many keys wide or more go to teams; at 8k 1408: 404 against 415, 1792: 486 against 468
 TURNS = 4  # units of work for every multiprocessor: with fewer, teams leave some of them idle at the end
 
 

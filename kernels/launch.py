@@ -47,8 +47,8 @@ def power_of_2(n: int) -> int:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """input_precision of tl.dot for operands of that dtype: for fp32 three bf16 products, which err by at most 2^-16 of the sum
-    of their terms' magnitudes; 16-bit operands are exact whatever it says."""
+    """input_precision of tl.dot for operands of that dtype: for fp32 three bf16 products, which err by at most 3 * 2^-16 of the
+    sum of their terms' magnitudes; 16-bit operands are exact whatever it says."""
     split = dtype == torch.float32 and not INTERPRETED  # the interpreter is exact and does not know the word
     return "bf16x3" if split else "tf32"
 

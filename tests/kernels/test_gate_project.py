@@ -50,7 +50,7 @@ def test_equals_the_definition(device, within_budget, impl, shape, dtype):
         assert out.dtype == dtype
         if impl == "triton" and dtype == torch.float32:
             terms = definition(x.double().abs(), None if w is None else w.double().abs(), [t.double().abs() for t in tables], 1)
-            assert ((out - exact).abs() <= 2**-16 * terms).all()
+            assert ((out - exact).abs() <= 2**-16 * terms).all()  # a single term may err by three times as much
         else:
             within_budget(out, exact, definition(x.to(dtype), w, [t.to(dtype) for t in tables]))
 
