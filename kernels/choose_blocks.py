@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block_lists import FULL_WIDTH_BYTES, block_lists, causal_blocks
 from .block_mask import BlockMask
-from .launch import Launch, multiprocessors, power_of_2, product_precision, runs_triton
+from .launch import HALF, Launch, multiprocessors, power_of_2, runs_triton
 
 MOST_BLOCKS = 8192  # key blocks of a row that the kernel holds in registers; longer contexts take the reference
 MOST_CHANNELS = 256
@@ -31,7 +31,7 @@ def choose_blocks(
 
     Args:
         q [B, H, NQ, G], k [B, H_k, NK, G]: what stands for each block, H % H_k == 0; all sums are fp32. Products are exact
-            but for fp32 operands in the kernel, which errs by at most 3 * 2^-16 of sum |q_c k_c|.
+            but for fp32 operands in the kernel, which errs by at most 3 * 2^-16 of sum |q_c k_c|. Both may come as halves().
         q_len, kv_len, q_block, kv_block: tokens; q's last row sits at k's last row.
         width: blocks, at least 1; a row with fewer causal blocks keeps them all. Equal scores: the earlier block.
         threshold: strict. One below 0 keeps all.  least: blocks, for a threshold alone.
@@ -44,7 +44,7 @@ def choose_blocks(
     Raises: ValueError for shapes that do not fit together, a width below 1, an unknown impl, or what the kernel cannot take.
     """
     rows, blocks = -(-q_len // q_block), -(-kv_len // kv_block)
-    if q.shape[2] != rows or k.shape[2] != blocks or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+    if q.shape[2] != rows or k.shape[2] != blocks or q.shape[3:] != k.shape[3:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q [B, H, {rows}, G] and k [B, H_k, {blocks}, G] expected, got {tuple(q.shape)} and {tuple(k.shape)}")
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1 block, got {width}")
@@ -53,17 +53,26 @@ def choose_blocks(
     width, least = None if width is None else min(width, blocks), min(least, blocks)
     sizes = (q_len, kv_len, q_block, kv_block)
     taken = q.dtype == k.dtype and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    taken = taken and blocks <= MOST_BLOCKS and q.shape[3] <= MOST_CHANNELS
+    taken = taken and blocks <= MOST_BLOCKS and q.shape[-1] <= MOST_CHANNELS
     if not runs_triton(impl, taken and q.is_cuda):
+        if q.ndim == 5:
+            q, k = q.float().sum(3), k.float().sum(3)
         num, index = choose_blocks_reference(q, k, *sizes, width, threshold, least, scale, last_dense, diagonal)
     elif taken:
         num, index = _choose_triton(q, k, *sizes, width, threshold, least, scale, last_dense, diagonal)
     else:
         raise ValueError(
             f"the Triton kernel takes fp16, bf16 or fp32, up to {MOST_BLOCKS} key blocks and {MOST_CHANNELS} channels; got "
-            f"{q.dtype}, {k.dtype}, {blocks} blocks, {q.shape[3]} channels"
+            f"{q.dtype}, {k.dtype}, {blocks} blocks, {q.shape[-1]} channels"
         )
     return BlockMask(num, index, *sizes, trusted=True)
+
+
+def halves(x: Tensor) -> Tensor:
+    """fp32 x [..., G] as two bf16 numbers [..., 2, G] whose sum is x to within 2^-16 |x|: three products of theirs, one of the
+    high halves and two of a high and a low one, are as good as one of fp32 and go to the matrix units."""
+    high = x.bfloat16()
+    return torch.stack((high, (x - high.float()).bfloat16()), dim=-2).to(HALF)
 
 
 def choose_blocks_reference(
@@ -194,7 +203,7 @@ def choose_blocks_fwd_kernel(
     kv_len, first_dense, q_block, kv_block,
     G: tl.constexpr, BG: tl.constexpr, TOP: tl.constexpr, ABOVE: tl.constexpr, DIAGONAL: tl.constexpr, COMPLETE: tl.constexpr,
     LIST: tl.constexpr, NC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, SIZES: tl.constexpr,
-    FLOAT_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT_STEPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: tiles of BM rows of one head, one after the other. The scores of a tile go to memory that is the program's
     own, since a row must be seen whole to choose; then BR rows of NC scores are held in registers, or, where the tile sees at
@@ -211,14 +220,24 @@ def choose_blocks_fwd_kernel(
         end = tl.minimum(offset + tl.minimum(first + BM, rows) * q_block, kv_len)
         seen = (end - 1) // kv_block + 1
         # [BM, BG]
-        p_q = q + (i_bh.to(tl.int64) * rows + first + o_m)[:, None] * G + o_g[None, :]
-        b_q = tl.load(p_q, mask=(first + o_m < rows)[:, None] & m_g, other=0.0)
+        p_q = q + (i_bh.to(tl.int64) * rows + first + o_m)[:, None] * (PARTS * G) + o_g[None, :]
+        m_q = (first + o_m < rows)[:, None] & m_g
+        b_q = tl.load(p_q, mask=m_q, other=0.0)
+        if PARTS == 2:
+            b_q_low = tl.load(p_q + G, mask=m_q, other=0.0)
         for n in range(0, seen, BN):
-            p_k = k + (i_k.to(tl.int64) * blocks + n + o_n)[:, None] * G + o_g[None, :]
+            p_k = k + (i_k.to(tl.int64) * blocks + n + o_n)[:, None] * (PARTS * G) + o_g[None, :]
+            m_k = (n + o_n < blocks)[:, None] & m_g
             # [BN, BG]
-            b_k = tl.load(p_k, mask=(n + o_n < blocks)[:, None] & m_g, other=0.0)
+            b_k = tl.load(p_k, mask=m_k, other=0.0)
             # [BM, BN]
-            b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+            if PARTS == 2:
+                b_k_low = tl.load(p_k + G, mask=m_k, other=0.0)
+                b_s = tl.dot(b_q_low, b_k.T)
+                b_s = tl.dot(b_q, b_k_low.T, b_s)
+                b_s = tl.dot(b_q, b_k.T, b_s)
+            else:
+                b_s = tl.dot(b_q, b_k.T)
             tl.store(scores + o_m[:, None] * NC + n + o_n[None, :], b_s * scale)
         tl.debug_barrier()
         for size in tl.static_range(SIZES):
@@ -233,39 +252,39 @@ def choose_blocks_fwd_kernel(
         tl.debug_barrier()
 
 
-def _launch_options(dtype: torch.dtype, channels: int, columns: int, top: bool) -> dict[str, Any]:
+def _launch_options(channels: int, columns: int) -> dict[str, Any]:
     """`programs` per multiprocessor, whose registers `maxnreg` divides among them; BR: rows of `columns` scores held at a time,
-    32 scores a thread where one row is not more, and SIZES of such rows.
+    SIZES of such rows.
 
-    On an H100 with TF32 products, 8, 4 and 2 warps: 128 columns 0.0174, 0.0204, 0.0275 ms; 512: 0.171, 0.125, 0.116; 2048:
-    1.85, 1.29, 1.19. Three bf16 products took 6 % longer than one TF32 product then, three TF32 products 30 %. Later, with
-    them and 2 warps, 6 and 8 programs: 512 take 0.134, 0.114 (two sizes 0.150, 0.142), 2048 1.50 both (two sizes 1.40, 1.27).
+    On an H100, best-n and threshold, ms: one warp takes 256, 512, 1024 columns in 0.040 0.041, 0.082 0.084, 0.276 0.331; two
+    warps in 0.047 0.050, 0.092 0.099, 0.290 0.300, and 2048 in 1.11 1.30, where one takes 1.72 2.22 and four 1.24 1.22. Eight
+    take 128 columns in 0.018 0.019, one in 0.026 0.028. Twice the rows at a time, tiles of 64 keys, a third stage, and fewer
+    registers for more programs lost 0 to 50 %.
     """
-    few = 2048 if top else 1024  # a threshold's sums take registers
-    warps = 8 if columns <= 128 or columns > 2 * few else 2 if columns <= few else 4
-    tile = dict(BM=16, BN=32 if warps == 2 else 64, BR=min(max(32 * 32 * warps // columns, 1), 16), FLOAT_STEPS=16)
-    small = columns <= 512 or (top and columns <= few)
-    together, maxnreg = (8, 255) if channels > 128 else (16, 128) if small else (12, 168)
-    programs = dict(programs=together // warps, maxnreg=maxnreg, SIZES=1 if columns <= 512 else 2)
-    return tile | programs | dict(PRECISION=product_precision(dtype), num_warps=warps, num_stages=2)
+    warps = 8 if columns <= 128 else 1 if columns <= 512 else max(columns // 1024, 2)
+    tile = dict(BM=16, BN=32 if warps <= 2 else 64, BR=16 if columns <= 128 else max(512 // columns, 1), FLOAT_STEPS=16)
+    together, maxnreg = (8, 255) if warps == 1 or channels > 128 else (16, 128) if columns <= 2048 else (12, 168)
+    programs = dict(programs=max(together // warps, 1), maxnreg=maxnreg, SIZES=1 if columns <= 512 else 2)
+    return tile | programs | dict(num_warps=warps, num_stages=2)
 
 
 @functools.lru_cache(256)
 def _launch(
-    q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int, int],
+    q: tuple[int, ...], k: tuple[int, ...], device: torch.device, sizes: tuple[int, int, int, int],
     width: int | None, threshold: float, least: int, scale: float, first_dense: int, diagonal: bool, columns: int | None,
 ) -> tuple[Launch, tuple[int, int, int]]:  # fmt: skip
     """The launch for these shapes, which writes lists of `columns` blocks, or counts alone (None); the shape of its scratch."""
-    (batch, heads, rows, channels), (k_heads, blocks), (q_len, kv_len, q_block, kv_block) = q, k[1:3], sizes
+    (batch, heads, rows, *_, channels), (k_heads, blocks), (q_len, kv_len, q_block, kv_block) = q, k[1:3], sizes
     held = power_of_2(max(blocks, 64))
-    options = _launch_options(dtype, channels, held, width is not None)
+    options = _launch_options(channels, held)
     tiles = batch * heads * -(-rows // options["BM"])
     programs = min(options.pop("programs") * multiprocessors(device), tiles)
     launch = Launch(
-        choose_blocks_fwd_kernel, (programs,), tiles, batch * heads, heads, k_heads, rows, blocks, width or least, columns or 0,
-        threshold, scale, kv_len - q_len, kv_len, first_dense, q_block, kv_block,
+        choose_blocks_fwd_kernel, (programs,), tiles, batch * heads, heads, k_heads, rows, blocks, width or least,
+        columns or 0, threshold, scale, kv_len - q_len, kv_len, first_dense, q_block, kv_block,
         G=channels, BG=power_of_2(max(channels, 16)), TOP=bool(width or least), ABOVE=width is None,
-        DIAGONAL=diagonal, COMPLETE=width is None or not _aligned(*sizes), LIST=columns is not None, NC=held, **options,
+        DIAGONAL=diagonal, COMPLETE=width is None or not _aligned(*sizes), LIST=columns is not None, NC=held,
+        PARTS=len(q) - 3, **options,
     )  # fmt: skip
     return launch, (programs, options["BM"], held)
 
@@ -279,6 +298,8 @@ def _choose_triton(
     q: Tensor, k: Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, width: int | None, threshold: float,
     least: int, scale: float, last_dense: int, diagonal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.dtype == torch.float32 and q.ndim == 4:
+        q, k = halves(q), halves(k)
     q, k = q.contiguous(), k.contiguous()
     rows, blocks, sizes = q.shape[2], k.shape[2], (q_len, kv_len, q_block, kv_block)
     first_dense = max(rows - last_dense, 0)
@@ -286,7 +307,7 @@ def _choose_triton(
 
     def run(columns: int | None) -> Tensor:
         launch, scratch = _launch(
-            q.shape, k.shape, q.dtype, q.device, sizes, width, float(threshold), least, float(scale), first_dense, diagonal,
+            q.shape, k.shape, q.device, sizes, width, float(threshold), least, float(scale), first_dense, diagonal,
             columns,
         )  # fmt: skip
         scores = torch.empty(scratch, dtype=torch.float32, device=q.device)

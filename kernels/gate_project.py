@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, power_of_2, product_precision, runs_triton
+from .launch import HALF, INTERPRETED, Launch, power_of_2, runs_triton
 
 
 def gate_project(
     q: Tensor, k: Tensor, w_q: Tensor | None, w_k: Tensor, tables_q: tuple[Tensor, Tensor], tables_k: tuple[Tensor, Tensor],
-    impl: str = "auto",
+    halves: bool = False, impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """R(q w_q) and R(k w_k): what SeerAttention's gate compares (Gao et al. 2024, arXiv 2410.13276, section 3.1).
 
@@ -25,6 +25,7 @@ def gate_project(
             read the same head of k.
         tables_q, tables_k: RoPE's cos and sin, fp32 [NQ or NK, R], R even and at most G, half-split: channels c and c + R / 2
             turn together, those from R on stay.
+        halves: the kernel writes what would be fp32 as choose_blocks.halves(), [B, H, N, 2, G].
         impl: "auto" (Triton on CUDA, where no gradient is asked for) | "triton" | "reference".
 
     Returns: [B, H, NQ, G] and [B, H_w, NK, G] in the weights' dtype. The reference computes in that dtype, the kernel in fp32
@@ -40,7 +41,7 @@ def gate_project(
         return gate_project_reference(q, w_q, w_k.dtype, tables_q), gate_project_reference(k, w_k, w_k.dtype, tables_k)
     if not taken:
         raise ValueError(f"the Triton kernel supports fp16, bf16 and fp32 weights, got {w_k.dtype}")
-    return _project_triton(q, k, w_q, w_k, tables_q, tables_k)
+    return _project_triton(q, k, w_q, w_k, tables_q, tables_k, halves and w_k.dtype == torch.float32)
 
 
 @functools.lru_cache(256)
@@ -73,10 +74,18 @@ def _rows(p, o_m, o_c, stride, m_m, limit):
 
 
 @triton.jit
+def _store(p, x, mask, LOW: tl.constexpr):
+    """fp32 x, or its halves where the low ones belong LOW > 0 numbers behind the high ones."""
+    tl.store(p, x, mask=mask)
+    if LOW:
+        tl.store(p + LOW, x - x.to(p.dtype.element_ty).to(tl.float32), mask=mask)
+
+
+@triton.jit
 def _project_tile(
     x, w, cos, sin, out, i_program, x_heads, out_heads, rows,
     C: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     tiles = (rows + BM - 1) // BM
     i_bh = i_program // tiles
@@ -88,7 +97,8 @@ def _project_tile(
     o_g = tl.arange(0, BG)
     H: tl.constexpr = R // 2
     x += i_x.to(tl.int64) * rows * C
-    out += i_bh.to(tl.int64) * rows * G
+    STRIDE: tl.constexpr = 2 * G if LOW else G
+    out += i_bh.to(tl.int64) * rows * STRIDE
     # The channels that RoPE turns together come as two tiles, those it leaves alone as a third.
     if MAP:
         w += i_h.to(tl.int64) * C * G
@@ -115,14 +125,14 @@ def _project_tile(
         b_rest = _rows(x + R, o_m, o_g, C, m_m, G - R)
     b_cos = _rows(cos, o_m, o_h, R, m_m, H)
     b_sin = _rows(sin, o_m, o_h, R, m_m, H)
-    p_out = out + o_m[:, None] * G + o_h[None, :]
+    p_out = out + o_m[:, None] * STRIDE + o_h[None, :]
     m_out = m_m[:, None] & (o_h < H)[None, :]
-    tl.store(p_out, b_a * b_cos - b_b * b_sin, mask=m_out)
+    _store(p_out, b_a * b_cos - b_b * b_sin, m_out, LOW)
     b_cos = _rows(cos + H, o_m, o_h, R, m_m, H)
     b_sin = _rows(sin + H, o_m, o_h, R, m_m, H)
-    tl.store(p_out + H, b_b * b_cos + b_a * b_sin, mask=m_out)
+    _store(p_out + H, b_b * b_cos + b_a * b_sin, m_out, LOW)
     if R < G:
-        tl.store(out + R + o_m[:, None] * G + o_g[None, :], b_rest, mask=m_m[:, None] & (o_g < G - R)[None, :])
+        _store(out + R + o_m[:, None] * STRIDE + o_g[None, :], b_rest, m_m[:, None] & (o_g < G - R)[None, :], LOW)
 
 
 @triton.jit
@@ -130,31 +140,34 @@ def gate_project_fwd_kernel(
     q, k, w_q, w_k, cos_q, sin_q, cos_k, sin_k, q_out, k_out, k_programs, heads, kv_heads, w_heads, q_rows, k_rows,
     CQ: tl.constexpr, CK: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, MAP_Q: tl.constexpr, PRECISION: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     """One program: BM blocks of one head, first those of k, whose map is always there and takes longer."""
     i_program = tl.program_id(0)
     if i_program < k_programs:
         _project_tile(
             k, w_k, cos_k, sin_k, k_out, i_program, kv_heads, w_heads, k_rows,
-            CK, G, R, BH, BG, BM, BK, True, PRECISION,
+            CK, G, R, BH, BG, BM, BK, True, PRECISION, LOW,
         )  # fmt: skip
     else:
         _project_tile(
             q, w_q, cos_q, sin_q, q_out, i_program - k_programs, heads, heads, q_rows,
-            CQ, G, R, BH, BG, BM, BK, MAP_Q, PRECISION,
+            CQ, G, R, BH, BG, BM, BK, MAP_Q, PRECISION, LOW,
         )  # fmt: skip
 
 
 def _launch_options(dtype: torch.dtype) -> dict[str, Any]:
     """BM: blocks of a program. On an H100 512 and 2048 blocks take 0.035 and 0.117 ms; as three TF32 products 0.044 and 0.179,
     with 8 warps 0.048 and 0.175, with 64 blocks 0.036 and 0.118 (and 128 blocks 0.023 instead of 0.019)."""
-    return dict(BM=32, BK=32, num_warps=4, num_stages=3, PRECISION=product_precision(dtype))
+    split = dtype == torch.float32 and not INTERPRETED  # the interpreter is exact and does not know the word
+    return dict(BM=32, BK=32, num_warps=4, num_stages=3, PRECISION="bf16x3" if split else "tf32")
 
 
 @functools.lru_cache(256)
 def _launch(
-    q: tuple[int, ...], k: tuple[int, ...], weights: tuple[int, ...], dtype: torch.dtype, turned: int, map_q: bool
-) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:
+    q: tuple[int, ...], k: tuple[int, ...], weights: tuple[int, ...], dtype: torch.dtype, turned: int, map_q: bool,
+    halves: bool,
+) -> tuple[Launch, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
     """The launch for these shapes, and the shapes of what it writes."""
     (batch, heads, q_rows, q_channels), (_, kv_heads, k_rows, k_channels), (w_heads, _, outer) = q, k, weights
     options = _launch_options(dtype)
@@ -163,19 +176,21 @@ def _launch(
     launch = Launch(
         gate_project_fwd_kernel, (k_programs + q_programs,), k_programs, heads, kv_heads, w_heads, q_rows, k_rows,
         CQ=q_channels, CK=k_channels, G=outer, R=turned, BH=power_of_2(max(turned // 2, 16)),
-        BG=power_of_2(max(outer - turned, 16)), MAP_Q=map_q, **options,
+        BG=power_of_2(max(outer - turned, 16)), MAP_Q=map_q, LOW=outer if halves else 0, **options,
     )  # fmt: skip
-    return launch, (batch, heads, q_rows, outer), (batch, w_heads, k_rows, outer)
+    parts = (2, outer) if halves else (outer,)
+    return launch, (batch, heads, q_rows, *parts), (batch, w_heads, k_rows, *parts)
 
 
 def _project_triton(
-    q: Tensor, k: Tensor, w_q: Tensor | None, w_k: Tensor, tables_q: tuple[Tensor, Tensor], tables_k: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, w_q: Tensor | None, w_k: Tensor, tables_q: tuple[Tensor, Tensor], tables_k: tuple[Tensor, Tensor],
+    halves: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     turned = tables_k[0].shape[1]
     if tables_q[0].shape[1] != turned:
         raise ValueError(f"RoPE turns {tables_q[0].shape[1]} channels of q and {turned} of k")
-    launch, *shapes = _launch(q.shape, k.shape, w_k.shape, w_k.dtype, turned, w_q is not None)
-    q_out, k_out = (torch.empty(shape, dtype=w_k.dtype, device=q.device) for shape in shapes)
+    launch, *shapes = _launch(q.shape, k.shape, w_k.shape, w_k.dtype, turned, w_q is not None, halves)
+    q_out, k_out = (torch.empty(shape, dtype=HALF if halves else w_k.dtype, device=q.device) for shape in shapes)
     read = (q, k, w_k if w_q is None else w_q, w_k, *tables_q, *tables_k)
     launch(*(x.contiguous() for x in read), q_out, k_out)
     return q_out, k_out

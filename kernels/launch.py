@@ -14,6 +14,7 @@ from triton.runtime import driver
 LOG2E = 1.4426950408889634
 L2_SHARE = 25 * 10**6  # bytes of K and V that stay in an H100's second-level cache while programs share them
 INTERPRETED = triton.knobs.runtime.interpret
+HALF = torch.float32 if INTERPRETED else torch.bfloat16  # of two numbers that stand for one of fp32; no bf16 is interpreted
 # Versions in which CompiledKernel[grid](*args) does what JITFunction does once it has found the kernel, hooks included. On AMD
 # Triton also looks at how much memory a tensor has, which _kind() does not tell.
 DIRECT = triton.__version__.startswith(("3.6.", "3.9.")) and torch.version.hip is None and not INTERPRETED
@@ -44,13 +45,6 @@ def in_cache(k: Tensor, heads: int) -> bool:
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n >= 1; a tenth of the time of Triton's, which is made for kernels."""
     return 1 << (n - 1).bit_length()
-
-
-def product_precision(dtype: torch.dtype) -> str:
-    """input_precision of tl.dot for operands of that dtype: for fp32 three bf16 products, which err by at most 3 * 2^-16 of the
-    sum of their terms' magnitudes; 16-bit operands are exact whatever it says."""
-    split = dtype == torch.float32 and not INTERPRETED  # the interpreter is exact and does not know the word
-    return "bf16x3" if split else "tf32"
 
 
 @functools.lru_cache

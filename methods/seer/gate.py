@@ -98,10 +98,11 @@ class AttnGate(nn.Module):
         return q @ k.transpose(-1, -2) * self.gate_dim**-0.5
 
     def project(
-        self, q_pre: Tensor, k_pre: Tensor, cos: Tensor, sin: Tensor, cos_q: Tensor | None = None, sin_q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, q_pre: Tensor, k_pre: Tensor, cos: Tensor, sin: Tensor, cos_q: Tensor | None = None, sin_q: Tensor | None = None,
+        *, halves: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Block representations of q [B, H, NQ, gate_dim] and of k [B, H, NK, gate_dim], with H_kv heads where there is a W_q;
-        arguments as for forward()."""
+        arguments as for forward() and gate_project()."""
         for name, x, heads in (("q", q_pre, self.heads), ("k", k_pre, self.kv_heads)):
             if x.shape[1] != heads or x.shape[3] != self.head_dim:
                 raise ValueError(f"this gate is for {heads} {name} heads of {self.head_dim} channels, got {tuple(x.shape)}")
@@ -112,4 +113,4 @@ class AttnGate(nn.Module):
             cos_q, sin_q = cos[offset // self.block :], sin[offset // self.block :]
         q, k = block_pool_pair(q_pre, k_pre, self.block, self.q_pools, self.k_pools)
         w_q = None if self.single else self.mask_linear_q.weight
-        return gate_project(q, k, w_q, self.mask_linear_k.weight, (cos_q, sin_q), (cos, sin))
+        return gate_project(q, k, w_q, self.mask_linear_k.weight, (cos_q, sin_q), (cos, sin), halves)

@@ -136,7 +136,8 @@ class Seer(Method):
         if ctx.rope is None:
             raise ValueError("seer's gate puts RoPE on block positions: pass rope_theta")
         tables = block_tables(ctx.rope, gate.rope_dim, q_len, kv_len, block, q.device)
-        gate_q, gate_k = gate.project(ctx.q_pre, ctx.k_pre, *tables)
+        halves = self.top_p is None and not self.share_gqa
+        gate_q, gate_k = gate.project(ctx.q_pre, ctx.k_pre, *tables, halves=halves)
         if self.share_gqa:
             gate_q, gate_k = mean_of_group(gate_q, gate_k, k.shape[1])
         if self.top_p is None:

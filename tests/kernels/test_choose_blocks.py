@@ -105,6 +105,27 @@ def test_follows_the_rule(device, impl, options, shape):
     check(impl, q, k, sizes, options, within if impl == "triton" else 1e-4)
 
 
+@pytest.mark.parametrize("blocks", [2000, 4000, 8000])
+@pytest.mark.parametrize("name", ["width", "threshold, least"])
+def test_long_rows(device, blocks, name):
+    q, k, sizes = tensors(device, torch.float32, 1, 2, 1, 40, 8 * blocks, 32, 8, 16)
+    within = 2**-15 * scores(q.abs(), k.abs(), RULES[name].get("scale", 1.0)).amax(-1, keepdim=True)
+    check("triton", q, k, sizes, RULES[name], within)
+
+
+def test_halves_are_chosen_from_as_what_they_stand_for(device):
+    q, k, sizes = tensors(device, torch.float32, *SHAPES["chunk inside a block"])
+    parts = [module.halves(x) for x in (q, k)]
+    for x, both in zip((q, k), parts):
+        assert ((both.float().sum(3) - x).abs() <= 2**-16 * x.abs()).all()
+    for name in ("width", "diagonal", "threshold, least"):
+        whole = choose_blocks(q, k, *sizes, **RULES[name], impl="triton")
+        assert torch.equal(choose_blocks(*parts, *sizes, **RULES[name], impl="triton").dense(), whole.dense())
+        sums = [both.float().sum(3) for both in parts]
+        reference = choose_blocks(*sums, *sizes, **RULES[name], impl="reference")
+        assert torch.equal(choose_blocks(*parts, *sizes, **RULES[name], impl="reference").dense(), reference.dense())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_low_precision_are_exact(device, dtype):
     q, k, sizes = tensors(device, dtype, *SHAPES["ragged, gqa"])

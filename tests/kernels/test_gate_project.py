@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparsebench.kernels.gate_project import gate_project
+from sparsebench.kernels.launch import HALF
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bf16")
 DTYPES = (pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16"), BF16)
@@ -53,6 +54,17 @@ def test_equals_the_definition(device, within_budget, impl, shape, dtype):
             assert ((out - exact).abs() <= 2**-16 * terms).all()  # a single term may err by three times as much
         else:
             within_budget(out, exact, definition(x.to(dtype), w, [t.to(dtype) for t in tables]))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_halves_sum_to_the_whole(device, shape):
+    inputs = tensors(device, torch.float32, *shape)
+    for out, parts in zip(gate_project(*inputs, impl="triton"), gate_project(*inputs, halves=True, impl="triton")):
+        assert parts.dtype == HALF and parts.shape == (*out.shape[:3], 2, out.shape[3])
+        assert ((parts.float().sum(3) - out).abs() <= 2**-16 * out.abs()).all()
+        assert parts[..., 1, :].abs().max() <= 2**-8 * out.abs().max()
+    for out, whole in zip(gate_project(*inputs, halves=True, impl="reference"), gate_project(*inputs, impl="reference")):
+        assert torch.equal(out, whole)  # the reference has nothing to gain
 
 
 def test_gradients_reach_the_weights(device):

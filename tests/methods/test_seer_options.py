@@ -131,14 +131,17 @@ def test_only_top_p_makes_a_matrix_of_scores(monkeypatch):
 
 @pytest.mark.parametrize("block, gate_dim, shared", [(32, 64, True), (64, 32, True), (64, 128, False), (128, 64, False)])
 def test_the_gpu_kernels_choose_what_the_definition_chooses(monkeypatch, block, gate_dim, shared):
-    gate, q, k, v = plain("Qavg_Kmaxminavg", block, gate_dim, length=200)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gate, q, k, v = plain("Qavg_Kmaxminavg", block, gate_dim, length=200, device=device)
     method = Seer(gate=gate, nz_ratio=0.6, last_dense=1, share_gqa=shared)
-    call = functools.partial(sparsebench.select, method, q, k, q_pre=q, k_pre=k, rope_theta=1e4)
-    expected = call()
-    for module, name in ((seer_method, "choose_blocks"), (seer_gate, "block_pool_pair"), (seer_gate, "gate_project")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), impl="triton"))
-    mask = call()
-    assert torch.equal(mask.dense(), expected.dense())
+    masks = {}
+    for impl in ("reference", "triton"):
+        with monkeypatch.context() as patch:
+            for module, name in ((seer_method, "choose_blocks"), (seer_gate, "block_pool_pair"), (seer_gate, "gate_project")):
+                patch.setattr(module, name, functools.partial(getattr(module, name), impl=impl))
+            masks[impl] = sparsebench.select(method, q, k, q_pre=q, k_pre=k, rope_theta=1e4)
+    mask = masks["triton"]
+    assert torch.equal(mask.dense(), masks["reference"].dense())
     out = block_sparse_attention(q, k, v, mask, impl="triton")
     torch.testing.assert_close(out, over_selected_tokens(q, k, v, mask, 64**-0.5), rtol=1e-3, atol=1e-4)
 
@@ -157,3 +160,21 @@ def test_on_a_gpu_as_on_a_cpu(block, gate_dim, dtype):
         assert (mask.dense().cpu() != expected.dense()).float().mean() < 2e-3, (knob, options)  # scores next to the cut
         reference = block_sparse_attention(*on_gpu, mask, impl="reference")
         torch.testing.assert_close(out, reference, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [dict(nz_ratio=0.3), dict(threshold=0.1, min_blocks=2)], ids=["nz_ratio", "threshold"])
+def test_the_whole_operation_replays_as_a_cuda_graph(options):
+    gate, *qkv = plain("Qavg_Kmaxminavg", 64, 64, length=1500)
+    first, second = ([x.cuda().bfloat16() for x in pair] for pair in (qkv, (x.flip(2) for x in qkv)))
+    call = functools.partial(sparsebench.attention, Seer(gate=gate.cuda(), **options), rope_theta=1e4)
+    expected = [call(*x, q_pre=x[0], k_pre=x[1])[0] for x in (second, first)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = call(*first, q_pre=first[0], k_pre=first[1])
+    graph.replay()
+    assert torch.equal(out, expected[1])
+    for x, other in zip(first, second):
+        x.copy_(other)
+    graph.replay()
+    assert torch.equal(out, expected[0])
