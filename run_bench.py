@@ -38,7 +38,7 @@ from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell, Score, Suite, timing
 from sparsebench.suites.base import NotApplicable, canonical_json, first_line
 from sparsebench.suites.baselines import dense_baselines
-from sparsebench.suites.corpora import calibration_corpus, check_corpus, token_windows
+from sparsebench.suites.corpora import calibration_corpus, check_corpus, shortfall, token_windows
 
 DEFAULT_METHODS = "dense,seer,minference,a_shape,oracle,random"
 # With no arguments: a first look that a laptop finishes in three minutes. At such short contexts the authors' settings of the
@@ -255,6 +255,10 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
     todo = [job for job in jobs if not store.done(job.cell)]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} cells are done already")
+    reads = [job.cell for job in todo if not (job.skip or SUITES[job.cell.suite].tasks)]
+    for corpus, limit in dict.fromkeys((cell.task, cell.limit) for cell in reads):
+        if line := shortfall(corpus, limit):
+            print(line)
     for job in tqdm(todo, desc="cells", unit="cell"):
         if job.skip:
             store.write(job.cell, [], facts | {"label": label(job.method)}, status="skipped", reason=job.skip)

@@ -17,6 +17,7 @@ from .store import write_atomically
 from .tables import ROW, SETTINGS, ctx_name, overview, summary
 
 FRAMING = ("oracle", "random")  # the ceiling and the floor of any selection
+SAME_DENSITY = 0.02  # relative: how far apart calibration (models/calibrate.py) may leave two knobs turned to one target
 GROUP = ["model", "revision", "suite", "task", "ctx_len", *SETTINGS, "metric"]  # the points of one picture
 PARETO = [*GROUP, "unit", "label", "method", "params", "density_target", "tasks", "density", "quality", "low", "high"]
 PARETO += ["time_ms", "time_source", "on_density_frontier", "on_time_frontier"]
@@ -29,8 +30,9 @@ def pareto(frame: pd.DataFrame) -> pd.DataFrame:
     `low`, `high` are the paired 95 % interval: dense's value with that of the ratio (perplexity) or difference (%) to dense.
     time_ms is ttft_ms of the latency suite for the same model, dtype, method, settings, target and context; where a group has
     none at all, total_ms of the speed suite, which is one attention layer. `time_source` names it. A point is on a frontier
-    when no other has as little cost and as good a quality and is better in one. On none are `oracle`, which knows the dense
-    attention, and means over fewer `tasks` than others of the group have. Rows of one group, GROUP, are comparable.
+    when no other has as little cost and as good a quality and is better in one; densities within SAME_DENSITY are one cost.
+    On none are `oracle`, which knows the dense attention, `random`, and means over fewer `tasks` than others of the group
+    have. Rows of one group, GROUP, are comparable.
     """
     return pareto_points(summary(frame), overview(frame))
 
@@ -71,12 +73,13 @@ def _with_frontiers(group: pd.DataFrame) -> pd.DataFrame:
     sign = -1 if group["metric"].iloc[0] == "perplexity" else 1
     quality: np.ndarray = sign * group["quality"].to_numpy(float)
     tasks = group["tasks"].astype(float)
-    complete = (group["method"] != "oracle") & (tasks.isna() | (tasks == tasks.max()))
-    for column, cost_column in (("on_density_frontier", "density"), ("on_time_frontier", "time_ms")):
+    complete = ~group["method"].isin(FRAMING) & (tasks.isna() | (tasks == tasks.max()))
+    for column, cost_column, same in (("on_density_frontier", "density", SAME_DENSITY), ("on_time_frontier", "time_ms", 0.0)):
         cost = group[cost_column].to_numpy(float)
         allowed = complete.to_numpy() & ~np.isnan(cost)
-        no_worse = (cost[:, None] <= cost) & (quality[:, None] >= quality)  # [other, point]; False where a cost is missing
-        better = (cost[:, None] < cost) | (quality[:, None] > quality)
+        # [other, point]; False where a cost is missing
+        no_worse = (cost[:, None] <= (1 + same) * cost) & (quality[:, None] >= quality)
+        better = ((1 + same) * cost[:, None] < cost) | (quality[:, None] > quality)
         group = group.assign(**{column: allowed & ~(no_worse & better & allowed[:, None]).any(axis=0)})
     return group
 

@@ -26,7 +26,7 @@ from .tables import (
     summary,
     varying,
 )  # fmt: skip
-from .text import alarms, notes, problems, sections
+from .text import alarms, legend, notes, problems, sections
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}
 div{overflow-x:auto}table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;
@@ -94,7 +94,8 @@ def _page(
     body = [f"<h1>{escape(title)}</h1>"]
     if table.empty:
         body.append("<p>No results yet.</p>")
-    for heading, rows in sections(table, means, versus):
+    shown = sections(table, means, versus)
+    for heading, rows in shown:
         body += [f"<h2>{escape(heading)}</h2>", _html(rows)]
     if not table.empty:
         body.append(
@@ -102,6 +103,7 @@ def _page(
             "Against dense: a paired ratio (perplexity) or difference (%) and a mark, worse or better at p &lt; 0.05 of a "
             "paired sign-flip test, same where no difference is shown, n&lt;6 where so few examples could show none.</p>"
         )
+        body += [f"<p>{escape(line)}.</p>" for line in legend(shown, table)]
     for plot in plots:
         picture = base64.b64encode(plot.read_bytes()).decode()
         body.append(f'<p><img alt="{escape(plot.stem)}" src="data:image/png;base64,{picture}"></p>')

@@ -9,13 +9,14 @@ from typing import Any
 import pandas as pd
 import tabulate
 
-from .statistics import LEVEL
+from .statistics import FEWEST, LEVEL
 from .tables import ROW, SETTINGS, TIMED, ctx_name, labelled, metric_name, overview, spell, summary, varying
 
 tabulate.MIN_PADDING = 0  # as narrow as their cells: the tables fit 120 columns
 WIDTH = 120
 LEFT_OUT = ("of matmul", "MiB", "x fa3", "attend", "select", "x flex", "x cudnn", "bwd ms", "x fa2", "TFLOP/s")  # if too wide
 LONGEST_REASON = 200  # characters; results.csv has the whole text
+NEAR = (1 / 1.15, 1.1)  # of its target: a density that far off is marked
 ROUNDING = 1e-3  # a ratio to dense this near to 1 is no advantage
 DECIDED = ("worse", "same", "better")
 SIGNS = {"better": "+", "same": "=", "worse": "-"}
@@ -30,11 +31,12 @@ TIMED_COLUMNS = {  # what the terminal and the report show of the timed suites, 
 
 
 def print_table(frame: pd.DataFrame, versus: str | None = None) -> str:
-    """The tables of a terminal: per suite and model the means over tasks, then a row per task; below them the notes, what
-    looks wrong, what was skipped or failed. `versus` and its ValueError: see summary()."""
+    """The tables of a terminal: per suite and model the means over tasks, then a row per task; below them the legend, the
+    notes, what looks wrong, what was skipped or failed. `versus` and its ValueError: see summary()."""
     table, means = summary(frame, versus), overview(frame, versus)
-    parts = [f"{title}\n{_text(rows)}" for title, rows in sections(table, means, versus)]
-    below = (notes(table), alarms(table, means), problems(frame))
+    shown = sections(table, means, versus)
+    parts = [f"{title}\n{_text(rows)}" for title, rows in shown]
+    below = (legend(shown, table), notes(table), alarms(table, means), problems(frame))
     return "\n\n".join(parts + ["\n".join(lines) for lines in below if lines]) or "no results yet"
 
 
@@ -77,7 +79,7 @@ def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | 
     first = next(iter(means.values()))
     row = {"method": first["label"]} | {_setting(name): _said(name, first[name]) for name in extra}
     row |= {"tasks": f"{max(r['tasks'] for r in means.values())} of {first['tasks_of']}"}
-    row |= {"density": _number(pd.Series([r["density"] for r in means.values()]).mean())}
+    row |= {"density": _density(pd.Series([r["density"] for r in means.values()]).mean(), first["density_target"])}
     shown = {ctx_name(ctx_len): (record, detail) for ctx_len, record in means.items()}
     shown |= {n.replace("_", " "): (records[n, 0], min(detail, 1)) for n in ("wavg_inc", "wavg_dec") if (n, 0) in records}
     for name, (record, fine) in shown.items():
@@ -114,7 +116,8 @@ def compact(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.Dat
         for cell in cells:
             first = cell.iloc[0]
             row = {"method": first["label"], "task": tasks[first["task"]], "ctx": ctx_name(first["ctx_len"])}
-            row |= {_setting(name): _said(name, first[name]) for name in extra} | {"density": _number(first["density"])}
+            row |= {_setting(name): _said(name, first[name]) for name in extra}
+            row |= {"density": _density(first["density"], first["density_target"])}
             if first["suite"] in TIMED:
                 values = dict(zip(cell["metric"], cell["value"]))
                 row |= {name: _number(values[metric]) for metric, name in TIMED_COLUMNS.items() if metric in values}
@@ -198,6 +201,11 @@ def _short_tasks(tasks: Iterable[str]) -> dict[str, str]:
     return {task: name if names.count(name) == 1 else task for task, name in short.items()}
 
 
+def _density(value: float, target: Any) -> str:
+    far = pd.notna(target) and (value < NEAR[0] * target or value > NEAR[1] * target)
+    return _number(value) + ("*" if far else "")
+
+
 def _number(value: Any, style: str = ".4g") -> str:
     if not isinstance(value, float):
         return "" if pd.isna(value) else str(value)
@@ -207,6 +215,17 @@ def _number(value: Any, style: str = ".4g") -> str:
 def _with_interval(value: float, low: float | None, high: float | None, style: str = ".4g") -> str:
     number = _number(value, style)
     return number if pd.isna(low) else f"{number} [{_number(low, style)}, {_number(high, style)}]"
+
+
+def legend(shown: list[tuple[str, pd.DataFrame]], table: pd.DataFrame) -> list[str]:
+    """A line for every sign in the tables `shown`, of sections(), that asks for caution; `table` is of summary()."""
+    lines = []
+    if any(rows["density"].str.endswith("*").any() for _, rows in shown):
+        lines.append("density*: more than 1.1 of its target, or less than 1 / 1.15 of it")
+    if (table["low"].notna() & (table["n"] < FEWEST)).any():
+        rough = "intervals are rough (those of n = 2 hold the truth in half of cases) and no difference is significant"
+        lines.append(f"n < {FEWEST}: {rough}")
+    return lines
 
 
 def notes(table: pd.DataFrame) -> list[str]:

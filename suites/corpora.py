@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,6 +60,14 @@ def corpus_file(source: str) -> str | None:
         spec = importlib.util.find_spec("pydoc_data.topics")
         return spec.origin if spec else None
     return source.removeprefix("file:") if source.startswith("file:") else None
+
+
+def shortfall(source: str, limit: int | None) -> str:
+    """A line for the user where a corpus holds fewer evaluation documents than `limit`, else "". The hub is not asked."""
+    if limit is None or corpus_file(source) is None:
+        return ""
+    held = len(list(itertools.islice(read_documents(source, "eval"), limit)))
+    return f"evaluation documents in {source}: {held}, so --limit {limit} is {held}" if held < limit else ""
 
 
 @functools.lru_cache

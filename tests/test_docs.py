@@ -13,9 +13,11 @@ import torch
 
 import sparsebench
 from sparsebench.methods import METHODS
+from sparsebench.methods.minference.search import GRID
 from sparsebench.methods.seer import distill, extend
 from sparsebench.methods.seer.training import write_history
 from sparsebench.methods.spec import load_plugin
+from sparsebench.suites.corpora import read_documents
 
 REPO = Path(__file__).resolve().parent.parent
 DOCS = REPO / "docs"
@@ -40,6 +42,13 @@ def test_add_a_method_example(tmp_path):
         assert torch.equal(names["out"], sparsebench.attention(METHODS["pooled"](density=0.25), q, k, v)[0])
     finally:
         METHODS.pop("pooled", None)
+
+
+def test_readme_says_how_much_text_there_is_and_is_needed():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    held = len(list(read_documents("pydoc", "eval")))
+    assert f"`pydoc` (embedded, {held} documents to evaluate on" in readme and f"(`pydoc`: {held})" in readme
+    assert f"MInference's needs {2 * max(candidate.vertical for candidate in GRID)} or more" in readme
 
 
 SEER = (DOCS / "seer.md").read_text(encoding="utf-8")

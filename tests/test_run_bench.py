@@ -232,6 +232,14 @@ def test_short_documents_are_skipped_and_counted(bench):
     assert failed.reason in out
 
 
+def test_a_limit_beyond_the_corpus_is_said_once_before_the_run(bench):
+    words = "--methods dense,random --suites perplexity,fidelity,speed --limit"
+    for limit, said in ((4, 1), (3, 0)):
+        status, out, _ = bench(f"{words} {limit}")
+        assert status == 0 and out.count(f"evaluation documents in file:{bench.corpus}: 3, so --limit 4 is 3\n") == said
+        assert out.startswith("evaluation documents in") == bool(said)
+
+
 def test_what_cannot_apply_is_a_row_with_the_reason(bench, monkeypatch):
     words = "--methods a_shape --suites perplexity,speed --ctx 128,2k"
     status, out, _ = bench(words)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import BlockMask, causal_blocks
+from ...kernels.block_lists import visible_pairs
 from ...kernels.choose_blocks import choose_blocks, complete_rows, own_blocks
 from ..base import LayerContext, Method, ModelSpec, Rope, check_fields, register
 from .gate import AttnGate
@@ -44,7 +45,8 @@ class Seer(Method):
         budget      the best `budget` blocks (early rows: all there are)
         top_p       the fewest best blocks whose S sums to at least top_p
     gate: folder or file of trained gates, one AttnGate for every layer, or None for the gate shipped for the model.
-    last_dense: query blocks at the end that attend to everything (in chunked prefill: at the end of each chunk).
+    last_dense: query blocks at the end that attend to everything (in chunked prefill: at the end of each chunk). Two of 64
+        tokens are 23 % of all pairs at 1k tokens and 3 % at 8k: 0 compares with other methods on equal terms.
     share_gqa: one selection per KV head, S from the mean of its query heads' logits.
     diagonal: always keep a row's own block (counted in nz_ratio, budget and min_blocks).
     min_blocks: with threshold, a row keeps its best `min_blocks` in any case. Rows whose attention is spread thin have no block
@@ -118,7 +120,15 @@ class Seer(Method):
 
     @property
     def note(self) -> str:
-        return self.gate.note if isinstance(self.gate, LayerGates) else ""
+        if not isinstance(self.gate, LayerGates):
+            return ""
+        dense = self.last_dense * self.gate.at(0, torch.device("cpu")).block
+        of_1k, of_8k = (100 * visible_pairs(min(dense, n), n) / visible_pairs(n, n) for n in (1024, 8192))
+        budget = (
+            f"its dense last {dense} queries are {of_1k:.0f} % of all pairs at 1k tokens and {of_8k:.0f} % at 8k, and count in "
+            "its density: seer:last_dense=0 compares on equal terms"
+        )
+        return "; ".join(filter(None, (self.gate.note, budget if dense else "")))
 
     def params(self) -> dict[str, Any]:
         """The fields, and the hash of the gates' weights once they are loaded; `gate` stays what the user named."""

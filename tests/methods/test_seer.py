@@ -74,9 +74,9 @@ def test_masks_equal_the_authors(conformance, check_conforms, case, monkeypatch)
         gate = authors_gate(conformance, match, q, k)
         projected = None
 
-        def project_once(*args, project=gate.project):
+        def project_once(*args, project=gate.project, **options):
             nonlocal projected
-            projected = project(*args) if projected is None else projected
+            projected = project(*args, **options) if projected is None else projected
             return projected
 
         monkeypatch.setattr(gate, "project", project_once)  # only the choice differs between the settings of one gate
@@ -374,6 +374,18 @@ def test_pickle_with_code_is_refused(tmp_path, monkeypatch, write):
     with pytest.raises(ValueError, match="was not loaded"):
         Seer(gate=str(tmp_path)).prepare(SPEC)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_rows_say_how_much_the_dense_last_rows_take():
+    assert "dense last" not in Seer(gate=two_gates()[0], last_dense=0).prepare(SPEC).note
+    method = Seer(gate=two_gates()[0]).prepare(SPEC)
+    block = method.gate.at(0, torch.device("cpu")).block
+    rows, shares = torch.arange(1, 8193), []
+    for length in (1024, 8192):
+        seen = rows[:length]
+        shares.append(f"{100 * seen[-2 * block :].sum() / seen.sum():.0f} %")
+    said = f"its dense last {2 * block} queries are {shares[0]} of all pairs at 1k tokens and {shares[1]} at 8k"
+    assert said in method.note and "seer:last_dense=0" in method.note
 
 
 def test_synthetic_says_that_it_is_untrained():

@@ -94,12 +94,12 @@ def test_means_are_compared_with_dense_over_equal_tasks(results):
 def test_versus_in_the_means(results):
     for method, right in (("seer", 0.0), ("other", 100.0)):
         for task in ("vt", "cwe"):
-            results.add(method, "ruler", task, 4096, {"score": [right] * 4}, target=0.1)
+            results.add(method, "ruler", task, 4096, {"score": [right] * 4}, 0.1, target=0.1)
     found = overview(results.frame(), versus="seer").set_index(["label", "metric"]).loc[("other", "mean")]
     assert found["diff_versus"] == 100 and found["mark_versus"] == "better"
     lines = print_table(results.frame(), versus="seer").splitlines()
     start = lines.index("ruler, org/tiny, means over tasks, difference to seer, tasks = 2 of 13")
-    assert lines[start + 3].split() == ["other", "0.1", "1", "+100.0", "better"]
+    assert lines[start + 3].split() == ["other", "0.1", "0.1", "+100.0", "better"]
 
 
 def test_targets_and_own_settings_stand_side_by_side(results):

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from sparsebench.models.calibrate import TOLERANCE
 from sparsebench.results import plots, report
 from sparsebench.results.plots import pareto
 
@@ -25,15 +26,28 @@ def column(frame: pd.DataFrame, name: str) -> dict[str, object]:
     return dict(zip(table["label"], table[name]))
 
 
-def test_density_frontier_with_ties_and_the_oracle_left_out(results):
+def test_density_frontier_with_ties_and_the_frame_left_out(results):
     add_quality(results, "dense", 10.0, 1.0)
     for method, nll, density in (
         ("good", 11.0, 0.2), ("twin", 11.0, 0.2), ("bad", 12.0, 0.2), ("wide", 11.0, 0.3), ("small", 15.0, 0.1),
-        ("oracle", 10.5, 0.1),
+        ("oracle", 10.5, 0.1), ("random", 10.8, 0.1),
     ):  # fmt: skip
         add_quality(results, method, nll, density)
     frontier = column(results.frame(), "on_density_frontier")
     assert {label for label, on in frontier.items() if on} == {"dense", "good", "twin", "small"}
+
+
+def test_densities_as_near_as_calibration_turns_knobs_are_one_cost(results):
+    assert plots.SAME_DENSITY == 2 * TOLERANCE
+    add_quality(results, "dense", 10.0, 1.0)
+    for method, nll, density in (
+        ("lucky", 12.0, 0.2477), ("good", 11.0, 0.2522), ("cheaper", 12.0, 0.247), ("late", 9.5, 0.995),
+    ):  # fmt: skip
+        add_quality(results, method, nll, density)
+        add_ttft(results, method, 1000 * density)
+    table = pareto(results.frame()).set_index("label")
+    assert set(table.index[table["on_density_frontier"]]) == {"late", "good", "cheaper"}
+    assert table["on_time_frontier"]["good"] and not table["on_time_frontier"]["lucky"]
 
 
 def test_a_missing_density_is_on_no_frontier_and_beats_nobody(results):

@@ -13,6 +13,7 @@ import pytest
 import sparsebench.results
 from sparsebench.results import Store, plots, report
 from sparsebench.results.tables import VERSUS
+from sparsebench.results.text import print_table
 from sparsebench.suites.base import Cell, Score
 
 CELL = Cell(
@@ -103,6 +104,32 @@ def test_the_leaderboard_holds_the_comparison_that_was_asked_for(frame, tmp_path
 
     plain, compared = columns(None), columns("oracle")
     assert {name.rpartition(" ")[2] for name in compared - plain} <= set(VERSUS) and compared > plain
+
+
+@pytest.mark.parametrize("density, far", [(0.2749, False), (0.2751, True), (0.2175, False), (0.2173, True)])
+def test_densities_that_are_not_their_targets_are_marked(results, density, far):
+    """By the rule of results/leaderboard/README.md, in both kinds of tables and in the report."""
+    for task in ("vt", "cwe"):
+        results.add("dense", "ruler", task, 4096, {"score": [50.0] * 6})
+        results.add("seer", "ruler", task, 4096, {"score": [50.0] * 6}, density, target=0.25)
+        results.add("own", "ruler", task, 4096, {"score": [50.0] * 6}, density)
+    frame = results.frame()
+    text, legend = print_table(frame), "density*: more than 1.1 of its target, or less than 1 / 1.15 of it"
+    assert text.count(f"{density}*") == 3 * far and text.splitlines().count(legend) == far
+    report.write(frame, results.store.folder)
+    html = (results.store.folder / "report.html").read_text()
+    assert html.count(f"<td>{density}*</td>") == 3 * far and (f"<p>{legend}.</p>" in html) == far
+
+
+@pytest.mark.parametrize("count, rough", [(1, False), (2, True), (5, True), (6, False)])
+def test_intervals_of_few_documents_are_called_rough(results, count, rough):
+    for method in ("dense", "seer"):
+        scores = {"nll": [20.0 + i for i in range(count)], "tokens": [10.0] * count}
+        results.add(method, "perplexity", "pydoc", 2048, scores, unit="nats")
+    frame = results.frame()
+    report.write(frame, results.store.folder)
+    html = (results.store.folder / "report.html").read_text()
+    assert print_table(frame).count("\nn < 6: intervals are rough") == html.count("<p>n &lt; 6: intervals are rough") == rough
 
 
 def test_empty_report(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsebench.suites.base import Cell
-from sparsebench.suites.corpora import HUB, Windows, check_corpus, read_documents, token_windows
+from sparsebench.suites.corpora import HUB, Windows, check_corpus, read_documents, shortfall, token_windows
 from sparsebench.suites.perplexity import MOST_WINDOWS, Perplexity, sliding_nll, token_nll, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +142,16 @@ def test_lines_end_at_newlines_only(tmp_path):
     path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
     assert [d.text for d in read_documents(f"file:{path}", "eval")] == ["one\u2028two\x85three"]
     assert [d.text for d in read_documents(f"file:{path}", "train")] == ["four"]
+
+
+def test_a_corpus_that_holds_fewer_documents_than_asked_for_says_so(tmp_path, hub):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    assert shortfall("pydoc", 10) == "evaluation documents in pydoc: 4, so --limit 10 is 4"
+    assert shortfall(f"file:{path}", 2) == f"evaluation documents in file:{path}: 1, so --limit 2 is 1"
+    for source, limit in (("pydoc", 4), (f"file:{path}", 1), (f"file:{path}", None), ("pg19", 10)):
+        assert shortfall(source, limit) == ""
+    assert not hub.asked
 
 
 def test_embedded_corpus_splits_share_no_document():
