@@ -26,7 +26,17 @@ import torch
 from tqdm import tqdm
 
 from sparsebench.methods import METHODS, Method
-from sparsebench.methods.spec import build, label, load_plugin, nearest, parse_density, parse_methods, parse_tokens, words_of
+from sparsebench.methods.spec import (
+    build,
+    first_line,
+    label,
+    load_plugin,
+    nearest,
+    parse_density,
+    parse_methods,
+    parse_tokens,
+    words_of,
+)
 from sparsebench.models import zoo
 from sparsebench.models.attach import attach
 from sparsebench.models.calibrate import calibrate, calibration_facts, capture_layers
@@ -36,7 +46,7 @@ from sparsebench.results.store import digest, source_digest, write_atomically
 from sparsebench.results.tables import newest
 from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell, Score, Suite, timing
-from sparsebench.suites.base import NotApplicable, canonical_json, first_line
+from sparsebench.suites.base import NotApplicable, canonical_json
 from sparsebench.suites.baselines import dense_baselines
 from sparsebench.suites.corpora import calibration_corpus, check_corpus, shortfall, token_windows
 
@@ -277,7 +287,7 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
             status, reason = store.write(job.cell, scores, facts | about, density, density_range=spread)
         except NotApplicable as error:
             status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error))
-        except Exception as error:  # whatever a cell raises is its result; the others must still run
+        except (Exception, SystemExit) as error:  # whatever a cell raises is its result; the others must still run
             reason = first_line(error)
             status, reason = store.write(job.cell, [], facts | about, status="failed", reason=reason)
         if status == "failed":

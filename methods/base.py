@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from ..kernels import BlockMask, block_sparse_attention, causal_blocks
 from ..kernels.selection import keep_top
 
 METHODS: dict[str, type[Method]] = {}
+OVERRIDDEN = ("score", "select", "attend")  # a method overrides exactly one of them
 
 Rope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -118,18 +121,20 @@ class Method:
         if density is None:
             raise ValueError(f"{self.name} has scores but no field `density` to say how many of them are kept")
         scores = self.score(q, k, ctx)
-        if not isinstance(scores, Tensor):
-            raise ValueError(f"{self.name}: score() must return a tensor, got {type(scores).__name__}")
-        mask = keep_top(scores, q.shape[2], k.shape[2], block, block, density)
-        if (scores.isnan() & causal_blocks(q.shape[2], k.shape[2], block, block, q.device)).any():
-            raise ValueError(f"{self.name}: score() returned NaN for blocks that its rows see")
+        with _blamed(self):
+            if not isinstance(scores, Tensor):
+                raise ValueError(f"score() must return a tensor, got {type(scores).__name__}")
+            mask = keep_top(scores, q.shape[2], k.shape[2], block, block, density)
+            if (scores.isnan() & causal_blocks(q.shape[2], k.shape[2], block, block, q.device)).any():
+                raise ValueError("score() returned NaN for blocks that its rows see")
         return mask
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         """The attention output [B, H, q_len, D]."""
         with torch.no_grad():  # a choice of blocks has no gradient, and its graph may hold the whole attention map
             ctx.mask = selected(self, q, k, ctx)
-        return block_sparse_attention(q, k, v, ctx.mask, scale=ctx.scale)
+        with _blamed(self):
+            return block_sparse_attention(q, k, v, ctx.mask, scale=ctx.scale)
 
     def prepare(self, model: ModelSpec) -> Method:
         """This method with what it needs for `model` loaded (a trained gate, a per-head file); the default needs nothing.
@@ -166,7 +171,7 @@ def register(cls: type[Method]) -> type[Method]:
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen or "__dataclass_fields__" not in vars(cls):
         raise ValueError(f"{cls.__name__} must be a @dataclass(frozen=True) below @register")
-    overridden = [f for f in ("score", "select", "attend") if getattr(cls, f) is not getattr(Method, f)]
+    overridden = [f for f in OVERRIDDEN if getattr(cls, f) is not getattr(Method, f)]
     if len(overridden) != 1:
         raise ValueError(f"{cls.__name__} must override exactly one of score, select, attend; it overrides {overridden}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -200,10 +205,11 @@ def selected(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMa
     """method.select(q, k, ctx). Raises: ValueError when that is no BlockMask, or changes q or k."""
     written = _written(q, k)
     mask = method.select(q, k, ctx)
-    if _written(q, k) != written:
-        raise ValueError(f"{method.name}: select() must leave q and k as they are, it changed one of them in place")
-    if not isinstance(mask, BlockMask):
-        raise ValueError(f"{method.name}: select() must return a BlockMask, got {type(mask).__name__}")
+    with _blamed(method):
+        if _written(q, k) != written:
+            raise ValueError("select() must leave q and k as they are, it changed one of them in place")
+        if not isinstance(mask, BlockMask):
+            raise ValueError(f"select() must return a BlockMask, got {type(mask).__name__}")
     return mask
 
 
@@ -211,13 +217,26 @@ def attended(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext)
     """method.attend(q, k, v, ctx). Raises: ValueError when that has another shape or dtype than q, or changes q, k or v."""
     written = _written(q, k, v)
     out = method.attend(q, k, v, ctx)
-    if _written(q, k, v) != written:
-        raise ValueError(f"{method.name}: attend() must leave q, k and v as they are, it changed one of them in place")
-    # Autocast computes in a dtype of its own.
-    if out.shape != q.shape or (out.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
-        wanted, got = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (q, out))
-        raise ValueError(f"{method.name}: attend() must return {wanted}, got {got}")
+    with _blamed(method):
+        if _written(q, k, v) != written:
+            raise ValueError("attend() must leave q, k and v as they are, it changed one of them in place")
+        # Autocast computes in a dtype of its own.
+        if out.shape != q.shape or (out.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
+            wanted, got = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (q, out))
+            raise ValueError(f"attend() must return {wanted}, got {got}")
     return out
+
+
+@contextlib.contextmanager
+def _blamed(method: Method) -> Iterator[None]:
+    """A ValueError about what `method` returned also names it and where the function begins that returned it."""
+    try:
+        yield
+    except ValueError as error:
+        function = next((f for f in OVERRIDDEN if getattr(type(method), f) is not getattr(Method, f)), "select")
+        code = getattr(inspect.unwrap(getattr(type(method), function)), "__code__", None)
+        place = f" ({function}() in {Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+        raise ValueError(f"{method.name}: {error}{place}") from error
 
 
 def _written(*tensors: Tensor) -> list[int]:

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import re
 import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def parse_methods(text: str) -> list[Method]:
     return methods
 
 
+def first_line(error: BaseException) -> str:
+    """The error's type and the first line of its text, with the line of a plug-in that it came from: what fits into a row or
+    a terminal."""
+    places = [
+        f" ({Path(frame.f_code.co_filename).name}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(PLUGIN)
+    ]
+    return "".join([f"{type(error).__name__}: {error}".strip().splitlines()[0], *places[-1:]])
+
+
 def load_plugin(path: str) -> set[str]:
     """Run a Python file that registers methods; returns their names. Raises: ValueError when it is none or fails."""
     if not Path(path).is_file():
@@ -103,8 +115,8 @@ def load_plugin(path: str) -> set[str]:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"plug-in {path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a file that calls sys.exit() must not decide how the command ends
+        raise ValueError(f"plug-in {path}: {first_line(error)}") from error
     if set(METHODS) == before:
         raise ValueError(f"plug-in {path} registers no method: put @register above a Method")
     return set(METHODS) - before

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from ..methods.spec import PLUGIN
 
 if TYPE_CHECKING:
     from ..methods.base import Method
@@ -97,17 +93,6 @@ def canonical_json(value: Mapping[str, Any]) -> str:
         return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{dict(value)} cannot be part of a result's identity: {error}") from None
-
-
-def first_line(error: Exception) -> str:
-    """The error's type and the first line of its text, with the line of a plug-in that it came from: what fits into a row or
-    a terminal."""
-    places = [
-        f" ({Path(frame.f_code.co_filename).name}, line {line})"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).startswith(PLUGIN)
-    ]
-    return "".join([f"{type(error).__name__}: {error}".strip().splitlines()[0], *places[-1:]])
 
 
 class NotApplicable(Exception):

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels import BlockMask
 from ..methods.base import dense_mask
-from .base import first_line
+from ..methods.spec import first_line
 from .checks import Case
 from .inputs import Source
 from .timing import Figure, event_times, spread

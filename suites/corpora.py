@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import Cell, Suite, first_line
+from ..methods.spec import first_line
+from .base import Cell, Suite
 
 HUB = {
     # name: (data set, commit); both have splits train and test and a field "text"

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from ..methods.base import Method
-from ..methods.spec import build
+from ..methods.spec import build, first_line
 from ..models.attach import attach
 from ..models.trace import Trace
-from .base import Cell, Score, first_line, register_suite
+from .base import Cell, Score, register_suite
 from .baselines import DENSE_BACKENDS
 from .corpora import CorpusSuite, token_windows
 from .timing import peak_memory, spread, timed_call

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from .base import Cell, Score, first_line, register_suite
+from ..methods.spec import first_line
+from .base import Cell, Score, register_suite
 from .corpora import HUB_TIMEOUT_S
 from .generation import Example, GenerationSuite
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .base import Cell, NotApplicable, Score, first_line, register_suite
+from ..methods.spec import first_line
+from .base import Cell, NotApplicable, Score, register_suite
 from .corpora import HUB_TIMEOUT_S, corpus_file, read_documents
 from .generation import Example, GenerationSuite, encode, wrap
 

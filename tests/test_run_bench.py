@@ -182,7 +182,13 @@ def test_corpora_that_are_no_documents(bench, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [("x = 1", "registers no method"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")]
+    ("code", "message"),
+    [
+        ("x = 1", "registers no method"),
+        ("\n1 / 0", r"ZeroDivisionError: division by zero \(own.py, line 2\)"),
+        ("def", "SyntaxError"),
+        ("import sys\nsys.exit(0)", r"SystemExit: 0 \(own.py, line 2\)"),
+    ],
 )
 def test_bad_plugins(bench, tmp_path, code, message):
     (tmp_path / "own.py").write_text(code)
@@ -339,21 +345,26 @@ def test_never_calibrates_on_what_is_evaluated(bench, monkeypatch, splits):
 
 def test_failures_are_rows_and_the_run_goes_on(bench, tmp_path):
     plugin = write_plugin(
-        tmp_path, breaks='raise RuntimeError("no luck\\nsecond line")', nans='v = v * float("nan")', works="pass"
-    )
-    status, out, _ = bench("--methods breaks,nans,works --suites perplexity,fidelity --plugin", plugin)
+        tmp_path, breaks='raise RuntimeError("no luck\\nsecond line")', nans='v = v * float("nan")',
+        leaves="raise SystemExit(0)", wrong="return v", works="pass",
+    )  # fmt: skip
+    words = "--methods breaks,nans,leaves,wrong,works --suites perplexity,fidelity --plugin"
+    status, out, _ = bench(words, plugin)
     assert status == 1
     ok = bench.rows(status="ok")
     assert set(zip(ok["suite"], ok["method"])) == {("perplexity", "dense"), ("perplexity", "works"), ("fidelity", "works")}
     failed = bench.rows(status="failed").set_index(["suite", "method"])["reason"]
     assert failed["perplexity", "breaks"] == failed["fidelity", "breaks"] == "RuntimeError: no luck (own.py, line 18)"
     assert failed["perplexity", "nans"] == "nll of example 'doc0' of file:" + str(bench.corpus) + " is nan"
-    assert "is nan" in failed["fidelity", "nans"] and len(failed) == 4
+    assert "is nan" in failed["fidelity", "nans"] and len(failed) == 8
+    assert failed["perplexity", "leaves"].startswith("SystemExit: 0 (own.py, line ")
+    assert failed["perplexity", "wrong"].startswith("ValueError: wrong: attend() must return [")
+    assert " (attend() in own.py, line " in failed["perplexity", "wrong"]
     for (suite, method), reason in failed.items():
         assert any(line.startswith(f"FAILED {suite}") and f" {method}: {reason}" in line for line in out.splitlines())
     assert set(pd.read_csv(bench.out / "leaderboard.csv")["method"]) == {"dense", "works"}
-    status, out, _ = bench("--methods breaks,nans,works --suites perplexity,fidelity --plugin", plugin)
-    assert status == 1 and "3 of 7 cells are done already" in out  # failed cells are tried again
+    status, out, _ = bench(words, plugin)
+    assert status == 1 and "3 of 11 cells are done already" in out  # failed cells are tried again
 
 
 def test_tables_are_of_the_newest_version_of_a_plug_in(bench, tmp_path):

@@ -1,5 +1,6 @@
 """What every method gets from the base: registration, selection without a graph, clear errors."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 import sparsebench
 from sparsebench.kernels import BlockMask
 from sparsebench.methods import METHODS, Method, register
+from sparsebench.methods.base import dense_mask
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,18 @@ class WrongOutput(Wrong):
         (WrongOutput(lambda q: q.transpose(1, 2)), r"must return \[1, 2, 100, 8\] float32, got \[1, 100, 2, 8\] float32"),
         (WrongOutput(lambda q: q.double()), r"must return \[1, 2, 100, 8\] float32, got \[1, 2, 100, 8\] float64"),
         (WrongMask(lambda q: q.mul_(2)), r"select\(\) must leave q and k as they are"),
+        (WrongMask(lambda q: dense_mask(99, 99)), "mask is for 99 x 99 tokens"),
         (WrongOutput(lambda q: q.mul_(2)), r"attend\(\) must leave q, k and v as they are"),
     ],
 )
-def test_what_a_method_does_wrongly_is_named(method, message):
+def test_what_a_method_does_wrongly_is_named_with_its_place(method, message):
     q, k = torch.randn(1, 2, 100, 8), torch.randn(1, 1, 100, 8)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         sparsebench.attention(method, q, k, k)
+    (function,) = {"score", "select", "attend"} & set(vars(type(method)))
+    line = inspect.getsourcelines(getattr(type(method), function))[1]
+    assert str(caught.value).startswith("wrong: ")
+    assert str(caught.value).endswith(f" ({function}() in test_base.py, line {line})")
 
 
 def test_inference_mode():
