@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ from typing import Any, NoReturn
 
 # Run as a script, this folder would come first on sys.path and its `kernels` would hide the package that transformers imports.
 sys.path[:] = [p for p in sys.path if Path(p or os.curdir).resolve() != Path(__file__).resolve().parent]
+
+if __name__ == "__main__":  # the imports take seconds, and some of them swallow KeyboardInterrupt
+    at_ctrl_c = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from tqdm import tqdm
@@ -43,7 +47,7 @@ from sparsebench.models.calibrate import calibrate, calibration_facts, capture_l
 from sparsebench.models.trace import Trace
 from sparsebench.results import Store, provenance, report
 from sparsebench.results.store import digest, source_digest, write_atomically
-from sparsebench.results.tables import newest
+from sparsebench.results.tables import labelled, newest
 from sparsebench.results.text import print_table
 from sparsebench.suites import SUITES, Cell, Score, Suite, timing
 from sparsebench.suites.base import NotApplicable, canonical_json
@@ -91,8 +95,11 @@ def main(argv: list[str] | None = None) -> int:
                 status = 130
             store.export()
             frame = newest(store.frame(), {(job.cell.model, label(job.method), str(job.cell.params)) for job in jobs})
-            report.write(frame, store.folder, versus=args.versus)
-        print(print_table(frame[frame["key"].isin({job.cell.key for job in jobs})], versus=args.versus))
+            table = frame[frame["key"].isin({job.cell.key for job in jobs})]
+            done = labelled(table[table["status"] == "ok"])
+            versus = args.versus if args.versus in {*done["method"], *done["label"]} else None  # it may have failed everywhere
+            report.write(frame, store.folder, versus=versus)
+        print(print_table(table, versus=versus))
     except ValueError as error:
         print(f"run_bench: {error}", file=sys.stderr)
         return 2
@@ -288,8 +295,7 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
         except NotApplicable as error:
             status, reason = store.write(job.cell, [], facts | about, status="skipped", reason=str(error))
         except (Exception, SystemExit) as error:  # whatever a cell raises is its result; the others must still run
-            reason = first_line(error)
-            status, reason = store.write(job.cell, [], facts | about, status="failed", reason=reason)
+            status, reason = store.write(job.cell, [], facts | about, status="failed", reason=first_line(error))
         if status == "failed":
             failed += 1
             tqdm.write(f"FAILED {describe(job)}: {reason}")
@@ -430,4 +436,5 @@ def listing(plugin: str | None) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_ctrl_c)
     sys.exit(main())

@@ -121,9 +121,12 @@ class Method:
         if density is None:
             raise ValueError(f"{self.name} has scores but no field `density` to say how many of them are kept")
         scores = self.score(q, k, ctx)
-        with _blamed(self):
+        with blamed(self):
             if not isinstance(scores, Tensor):
                 raise ValueError(f"score() must return a tensor, got {type(scores).__name__}")
+            if scores.ndim != 4 or scores.device != q.device:
+                got = f"{list(scores.shape)} on {scores.device}"
+                raise ValueError(f"score() must return [B, H, NQ, NK] on {q.device}, got {got}")
             mask = keep_top(scores, q.shape[2], k.shape[2], block, block, density)
             if (scores.isnan() & causal_blocks(q.shape[2], k.shape[2], block, block, q.device)).any():
                 raise ValueError("score() returned NaN for blocks that its rows see")
@@ -133,7 +136,7 @@ class Method:
         """The attention output [B, H, q_len, D]."""
         with torch.no_grad():  # a choice of blocks has no gradient, and its graph may hold the whole attention map
             ctx.mask = selected(self, q, k, ctx)
-        with _blamed(self):
+        with blamed(self):
             return block_sparse_attention(q, k, v, ctx.mask, scale=ctx.scale)
 
     def prepare(self, model: ModelSpec) -> Method:
@@ -205,7 +208,7 @@ def selected(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMa
     """method.select(q, k, ctx). Raises: ValueError when that is no BlockMask, or changes q or k."""
     written = _written(q, k)
     mask = method.select(q, k, ctx)
-    with _blamed(method):
+    with blamed(method):
         if _written(q, k) != written:
             raise ValueError("select() must leave q and k as they are, it changed one of them in place")
         if not isinstance(mask, BlockMask):
@@ -214,21 +217,27 @@ def selected(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> BlockMa
 
 
 def attended(method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-    """method.attend(q, k, v, ctx). Raises: ValueError when that has another shape or dtype than q, or changes q, k or v."""
+    """method.attend(q, k, v, ctx). Raises: ValueError when that is no tensor of q's shape and dtype, changes q, k or v, or puts
+    into ctx.mask what is no BlockMask for them."""
     written = _written(q, k, v)
     out = method.attend(q, k, v, ctx)
-    with _blamed(method):
+    with blamed(method):
         if _written(q, k, v) != written:
             raise ValueError("attend() must leave q, k and v as they are, it changed one of them in place")
+        if not isinstance(out, Tensor):
+            raise ValueError(f"attend() must return a tensor, got {type(out).__name__}")
         # Autocast computes in a dtype of its own.
         if out.shape != q.shape or (out.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type)):
             wanted, got = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (q, out))
             raise ValueError(f"attend() must return {wanted}, got {got}")
+        mask, lengths = ctx.mask, (q.shape[2], k.shape[2])
+        if mask is not None and (not isinstance(mask, BlockMask) or (mask.q_len, mask.kv_len) != lengths):
+            raise ValueError(f"attend() must put a BlockMask for {lengths[0]} x {lengths[1]} tokens into ctx.mask")
     return out
 
 
 @contextlib.contextmanager
-def _blamed(method: Method) -> Iterator[None]:
+def blamed(method: Method) -> Iterator[None]:
     """A ValueError about what `method` returned also names it and where the function begins that returned it."""
     try:
         yield

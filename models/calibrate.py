@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import LayerContext, Method, dense_attention, selected
+from ..methods.base import LayerContext, Method, attended, dense_attention, selected
 from .attach import attach
 
 STEPS = 16
@@ -99,7 +99,7 @@ def _density(method: Method, q: Tensor, k: Tensor, ctx: LayerContext) -> float:
     if type(method).attend is Method.attend:
         return float(selected(method, q, k, ctx).density().mean())
     ctx.mask = None
-    method.attend(q, k, ctx.v, ctx)
+    attended(method, q, k, ctx.v, ctx)
     return 1.0 if ctx.mask is None else float(ctx.mask.density().mean())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kernels import block_sparse_attention
-from ..methods.base import LayerContext, Method, attended, dense_mask, selected
+from ..methods.base import LayerContext, Method, attended, blamed, dense_mask, selected
 from ..methods.spec import build
 from ..models.attach import attach
 from .base import Cell, Score, register_suite
@@ -71,11 +71,13 @@ def compare(
     out_dense, lse_dense = dense
     if type(method).attend is Method.attend:
         mask = selected(method, q, k, ctx)
-        out, lse = block_sparse_attention(q, k, v, mask, scale=ctx.scale, return_lse=True)
+        with blamed(method):
+            out, lse = block_sparse_attention(q, k, v, mask, scale=ctx.scale, return_lse=True)
     else:
         out = attended(method, q, k, v, ctx)
         mask = ctx.mask if ctx.mask is not None else dense_mask(q.shape[2], k.shape[2], q.device)
-        lse = block_sparse_attention(q, k, v, mask, scale=ctx.scale, return_lse=True)[1]
+        with blamed(method):
+            lse = block_sparse_attention(q, k, v, mask, scale=ctx.scale, return_lse=True)[1]
     error = (out.double() - out_dense.double()).norm(dim=(-2, -1)) / out_dense.double().norm(dim=(-2, -1))
     density = mask.density()[0]
     return {

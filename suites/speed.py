@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import BlockMask, block_sparse_attention
 from ..kernels.attention_with_map import attention_with_map, resolve_map_impl
 from ..kernels.block_sparse_attention import resolve_impl
-from ..methods.base import LayerContext, Method, dense_mask
+from ..methods.base import LayerContext, Method, attended, dense_mask
 from ..methods.dense import Dense
 from ..methods.spec import build
 from ..models.calibrate import calibrate, calibration_facts
@@ -178,7 +178,7 @@ def parts(method: Method, ctx: LayerContext) -> tuple[dict[str, Kernel], Case, l
     """
     assert ctx.q is not None and ctx.k is not None
     q, k, v = ctx.q, ctx.k, ctx.v
-    out, peak = peak_memory(lambda: method.attend(q, k, v, ctx))
+    out, peak = peak_memory(lambda: attended(method, q, k, v, ctx))
     case = _case(ctx, dense_mask(q.shape[2], k.shape[2], q.device) if ctx.mask is None else ctx.mask)
     facts = _facts(case, case.check(out), peak)
     del out

@@ -104,6 +104,19 @@ def test_a_method_with_its_own_attend(layers):
     assert calibrate(OwnKernel(), 1.0, layers, as_it_is)[0].local >= LENGTH - 20  # dense when it reports no mask
 
 
+@dataclass(frozen=True)
+class Silent(OwnKernel):
+    name = "silent"
+
+    def attend(self, q, k, v, ctx):
+        pass
+
+
+def test_an_attend_that_returns_nothing_is_named(layers):
+    with pytest.raises(ValueError, match=r"silent: attend\(\) must return a tensor, got NoneType"):
+        calibrate(Silent(), 0.3, layers, as_it_is)
+
+
 def test_a_number_that_was_stored_as_a_whole_one_still_turns(layers):
     found, _ = calibrate(build("random", {"density": 1, "block": 32}), 0.3, layers, as_it_is)
     assert counted_density(found, layers) == pytest.approx(0.3, rel=0.01)

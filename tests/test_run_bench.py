@@ -360,11 +360,13 @@ def test_failures_are_rows_and_the_run_goes_on(bench, tmp_path):
     assert failed["perplexity", "leaves"].startswith("SystemExit: 0 (own.py, line ")
     assert failed["perplexity", "wrong"].startswith("ValueError: wrong: attend() must return [")
     assert " (attend() in own.py, line " in failed["perplexity", "wrong"]
-    for (suite, method), reason in failed.items():
+    for (suite, method), reason in failed.items():  # told when it fails, and below the tables
         assert any(line.startswith(f"FAILED {suite}") and f" {method}: {reason}" in line for line in out.splitlines())
+        assert out.count(f"{suite} 128 failed: {reason} ({method})") == 1
     assert set(pd.read_csv(bench.out / "leaderboard.csv")["method"]) == {"dense", "works"}
-    status, out, _ = bench(words, plugin)
+    status, out, _ = bench(f"--versus breaks {words}", plugin)
     assert status == 1 and "3 of 11 cells are done already" in out  # failed cells are tried again
+    assert "perplexity 128 failed: RuntimeError: no luck" in out  # with nothing to compare with there are tables all the same
 
 
 def test_tables_are_of_the_newest_version_of_a_plug_in(bench, tmp_path):
@@ -427,6 +429,15 @@ def test_ctrl_c_before_the_folder_exists(bench, tmp_path):
     (tmp_path / "own.py").write_text("raise KeyboardInterrupt")
     status, _, err = bench("--plugin", tmp_path / "own.py")
     assert status == 130 and "interrupted" in err and not bench.out.exists()
+
+
+def test_ctrl_c_while_the_imports_run(bench, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    child = bench.start("--list")
+    assert any("torch" in line for line in child.stderr)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and out == "" and "Traceback" not in err
 
 
 def blocked_after_two_cells(bench, folder):

@@ -119,18 +119,29 @@ class WrongOutput(Wrong):
         return self.what(q)
 
 
+class WrongReport(Wrong):
+    def attend(self, q, k, v, ctx):
+        ctx.mask = self.what(q)
+        return q
+
+
 @pytest.mark.parametrize(
     "method, message",
     [
         (WrongScores(lambda x: None), r"score\(\) must return a tensor, got NoneType"),
         (WrongScores(lambda x: x[..., :1]), r"score\(\) must return \[B, H, 2, 2\], got \(1, 2, 2, 1\)"),
+        (WrongScores(lambda x: x[0]), r"score\(\) must return \[B, H, NQ, NK\] on cpu, got \[2, 2, 2\] on cpu"),
+        (WrongScores(lambda x: x.to("meta")), r"score\(\) must return \[B, H, NQ, NK\] on cpu, got \[1, 2, 2, 2\] on meta"),
         (WrongScores(lambda x: x * float("nan")), r"score\(\) returned NaN"),
         (WrongMask(lambda q: q > 0), r"select\(\) must return a BlockMask, got Tensor"),
         (WrongOutput(lambda q: q.transpose(1, 2)), r"must return \[1, 2, 100, 8\] float32, got \[1, 100, 2, 8\] float32"),
         (WrongOutput(lambda q: q.double()), r"must return \[1, 2, 100, 8\] float32, got \[1, 2, 100, 8\] float64"),
         (WrongMask(lambda q: q.mul_(2)), r"select\(\) must leave q and k as they are"),
         (WrongMask(lambda q: dense_mask(99, 99)), "mask is for 99 x 99 tokens"),
+        (WrongOutput(lambda q: None), r"attend\(\) must return a tensor, got NoneType"),
         (WrongOutput(lambda q: q.mul_(2)), r"attend\(\) must leave q, k and v as they are"),
+        (WrongReport(lambda q: q > 0), r"attend\(\) must put a BlockMask for 100 x 100 tokens into ctx.mask"),
+        (WrongReport(lambda q: dense_mask(99, 99)), r"attend\(\) must put a BlockMask for 100 x 100 tokens into ctx.mask"),
     ],
 )
 def test_what_a_method_does_wrongly_is_named_with_its_place(method, message):

@@ -51,6 +51,28 @@ class OwnOutput(Method):
         return 1.25 * dense_attention(q, k, v, ctx.scale)
 
 
+@dataclass(frozen=True)
+class Short(Method):
+    """Selects for other lengths than those it was asked about."""
+
+    name = "short"
+
+    def select(self, q, k, ctx):
+        return sink_and_window(9, 9, 4, 50)
+
+
+@dataclass(frozen=True)
+class Blind(Method):
+    """attend() of its own that reports rows without a key."""
+
+    name = "blind"
+
+    def attend(self, q, k, v, ctx):
+        nothing = torch.zeros_like(causal_blocks(q.shape[2], k.shape[2], 64, 64))
+        ctx.mask = BlockMask.from_dense(nothing[None, None], q.shape[2], k.shape[2], 64, 64)
+        return dense_attention(q, k, v, ctx.scale)
+
+
 @pytest.fixture(scope="module")
 def loaded(model_folder):
     return load(str(model_folder))
@@ -78,10 +100,10 @@ def scores(loaded, corpus):
 
 @pytest.fixture
 def registered():
-    for cls in (PerKVHead, OwnOutput):
+    for cls in (PerKVHead, OwnOutput, Short, Blind):
         register(cls)
     yield
-    for cls in (PerKVHead, OwnOutput):
+    for cls in (PerKVHead, OwnOutput, Short, Blind):
         del METHODS[cls.name]
 
 
@@ -123,6 +145,17 @@ def test_rows_are_the_definition(loaded, corpus, scores, method):
     assert set(found) == set(expected) and len(found) == 3 * 2 * 2 * 4  # metrics, documents, layers, heads
     for place, value in expected.items():
         assert found[place] == pytest.approx(float(value), rel=1e-4, abs=1e-6), place
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("method", "fault", "function"),
+    [(Short(), "mask is for 9 x 9 tokens", "select"), (Blind(), "a query row would see no key", "attend")],
+    ids=["short", "blind"],
+)
+def test_a_wrong_mask_names_the_function_that_gave_it(scores, method, fault, function):
+    with pytest.raises(ValueError, match=rf"^{method.name}: {fault}.* \({function}\(\) in test_fidelity.py, line \d+\)$"):
+        scores(method)
 
 
 def test_dense_loses_nothing(scores):
