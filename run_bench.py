@@ -82,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             print(listing(args.plugin))
             return 0
-        jobs = plan(args)
+        try:
+            jobs = plan(args)
+        except SystemExit as error:  # of a plug-in's class
+            raise ValueError(first_line(error)) from error
         if args.plan:
             print("\n".join(describe(job) for job in jobs))
             return 0
@@ -98,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             table = frame[frame["key"].isin({job.cell.key for job in jobs})]
             done = labelled(table[table["status"] == "ok"])
             versus = args.versus if args.versus in {*done["method"], *done["label"]} else None  # it may have failed everywhere
+            if versus != args.versus:
+                print(f"--versus {args.versus} finished no cell: nothing is compared with it")
             report.write(frame, store.folder, versus=versus)
         print(print_table(table, versus=versus))
     except ValueError as error:
@@ -281,8 +286,9 @@ def run(jobs: list[Job], store: Store, args: argparse.Namespace) -> int:
             store.write(job.cell, [], facts | {"label": label(job.method)}, status="skipped", reason=job.skip)
             continue
         start = time.perf_counter()
-        about: dict[str, Any] = {"label": label(job.method), "note": job.method.note}
+        about: dict[str, Any] = {"label": job.cell.method}
         try:
+            about |= {"label": label(job.method), "note": job.method.note}
             torch.manual_seed(job.cell.seed)
             scores, density, spread, extra = run_cell(job, args, store)
             notes = [job.note, extra.pop("note", "")]

@@ -46,6 +46,8 @@ def choose_blocks(
     rows, blocks = -(-q_len // q_block), -(-kv_len // kv_block)
     if q.shape[2] != rows or k.shape[2] != blocks or q.shape[3:] != k.shape[3:] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q [B, H, {rows}, G] and k [B, H_k, {blocks}, G] expected, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.ndim == 5 and (q.shape[3] != 2 or q.dtype != HALF or k.dtype != HALF):
+        raise ValueError(f"halves [.., 2, G] of {HALF} expected, got q {q.dtype} {tuple(q.shape)} and k {k.dtype}")
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1 block, got {width}")
     if least and width is not None:
@@ -70,7 +72,8 @@ def choose_blocks(
 
 def halves(x: Tensor) -> Tensor:
     """fp32 x [..., G] as two bf16 numbers [..., 2, G] whose sum is x to within 2^-16 |x|: three products of theirs, one of the
-    high halves and two of a high and a low one, are as good as one of fp32 and go to the matrix units."""
+    high halves and two of a high and a low one, are as good as one of fp32 and go to the matrix units.
+    The low half of an infinite number is NaN."""
     high = x.bfloat16()
     return torch.stack((high, (x - high.float()).bfloat16()), dim=-2).to(HALF)
 
@@ -258,8 +261,8 @@ def _launch_options(channels: int, columns: int) -> dict[str, Any]:
 
     On an H100, best-n and threshold, ms: one warp takes 256, 512, 1024 columns in 0.040 0.041, 0.082 0.084, 0.276 0.331; two
     warps in 0.047 0.050, 0.092 0.099, 0.290 0.300, and 2048 in 1.11 1.30, where one takes 1.72 2.22 and four 1.24 1.22. Eight
-    take 128 columns in 0.018 0.019, one in 0.026 0.028. Twice the rows at a time, tiles of 64 keys, a third stage, and fewer
-    registers for more programs lost 0 to 50 %.
+    take 128 columns in 0.018 0.019, one in 0.026 0.028. Both kinds of selection share the rule. Twice the rows at a time,
+    tiles of 64 keys, a third stage, and fewer registers for more programs lost 0 to 50 %.
     """
     warps = 8 if columns <= 128 else 1 if columns <= 512 else max(columns // 1024, 2)
     tile = dict(BM=16, BN=32 if warps <= 2 else 64, BR=16 if columns <= 128 else max(512 // columns, 1), FLOAT_STEPS=16)

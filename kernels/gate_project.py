@@ -28,8 +28,8 @@ def gate_project(
         halves: the kernel writes what would be fp32 as choose_blocks.halves(), [B, H, N, 2, G].
         impl: "auto" (Triton on CUDA, where no gradient is asked for) | "triton" | "reference".
 
-    Returns: [B, H, NQ, G] and [B, H_w, NK, G] in the weights' dtype. The reference computes in that dtype, the kernel in fp32
-        from operands of that dtype (fp32 ones as three bf16 products, which err by at most 3 * 2^-16 of
+    Returns: [B, H, NQ, G] and [B, H_w, NK, G] in the weights' dtype, but for `halves`. The reference computes in that dtype,
+        the kernel in fp32 from operands of that dtype (fp32 ones as three bf16 products, which err by at most 3 * 2^-16 of
         sum |x_c w_c|).
     Raises: ValueError for shapes that do not fit together, an unknown impl, or a dtype that the kernel does not take.
     """

@@ -79,7 +79,9 @@ def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | 
     first = next(iter(means.values()))
     row = {"method": first["label"]} | {_setting(name): _said(name, first[name]) for name in extra}
     row |= {"tasks": f"{max(r['tasks'] for r in means.values())} of {first['tasks_of']}"}
-    row |= {"density": _density(pd.Series([r["density"] for r in means.values()]).mean(), first["density_target"])}
+    densities = [_density(r["density"], r["density_target"]) for r in means.values()]
+    far = "*" if any(density.endswith("*") for density in densities) else ""
+    row |= {"density": _number(pd.Series([r["density"] for r in means.values()]).mean()) + far}
     shown = {ctx_name(ctx_len): (record, detail) for ctx_len, record in means.items()}
     shown |= {n.replace("_", " "): (records[n, 0], min(detail, 1)) for n in ("wavg_inc", "wavg_dec") if (n, 0) in records}
     for name, (record, fine) in shown.items():
@@ -221,9 +223,11 @@ def legend(shown: list[tuple[str, pd.DataFrame]], table: pd.DataFrame) -> list[s
     """A line for every sign in the tables `shown`, of sections(), that asks for caution; `table` is of summary()."""
     lines = []
     if any(rows["density"].str.endswith("*").any() for _, rows in shown):
-        lines.append("density*: more than 1.1 of its target, or less than 1 / 1.15 of it")
+        lines.append(f"density*: more than {NEAR[1]:g} of its target, or less than 1 / {1 / NEAR[0]:g} of it")
     if (table["low"].notna() & (table["n"] < FEWEST)).any():
-        rough = "intervals are rough (those of n = 2 hold the truth in half of cases) and no difference is significant"
+        rough = (
+            "intervals are rough (those of n = 2 hold the truth in half of cases) and none of their differences is significant"
+        )
         lines.append(f"n < {FEWEST}: {rough}")
     return lines
 

@@ -68,7 +68,7 @@ def shortfall(source: str, limit: int | None) -> str:
     if limit is None or corpus_file(source) is None:
         return ""
     held = len(list(itertools.islice(read_documents(source, "eval"), limit)))
-    return f"evaluation documents in {source}: {held}, so --limit {limit} is {held}" if held < limit else ""
+    return f"evaluation documents in {source}: {held}, fewer than the limit of {limit}" if held < limit else ""
 
 
 @functools.lru_cache

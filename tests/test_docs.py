@@ -48,7 +48,7 @@ def test_readme_says_how_much_text_there_is_and_is_needed():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     held = len(list(read_documents("pydoc", "eval")))
     assert f"`pydoc` (embedded, {held} documents to evaluate on" in readme and f"(`pydoc`: {held})" in readme
-    assert f"MInference's needs {2 * max(candidate.vertical for candidate in GRID)} or more" in readme
+    assert f"MInference's of {2 * max(candidate.vertical for candidate in GRID)} tokens or more" in readme
 
 
 SEER = (DOCS / "seer.md").read_text(encoding="utf-8")

@@ -195,6 +195,18 @@ def test_bad_plugins(bench, tmp_path, code, message):
     check_refused(bench, "--plugin", message, tmp_path / "own.py")
 
 
+def test_a_plugin_cannot_end_the_command(bench, tmp_path):
+    leaves = '    name = "own"\n\n    def __post_init__(self):\n        raise SystemExit(0)\n'
+    plugin = write_plugin(tmp_path, own="pass")
+    plugin.write_text(plugin.read_text().replace('    name = "own"\n', leaves))
+    check_refused(bench, "--methods own --plugin", r"SystemExit: 0 \(own.py, line", plugin)
+    plugin.write_text(plugin.read_text().replace("def __post_init__(self)", "@property\n    def note(self)"))
+    status, out, _ = bench("--methods own,random --plugin", plugin)
+    assert (
+        status == 1 and "SystemExit: 0 (own.py, line" in out and set(bench.rows(status="ok")["method"]) == {"dense", "random"}
+    )
+
+
 def test_no_gpu(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_refused(bench, "--device cuda", "no CUDA device")
@@ -242,7 +254,7 @@ def test_a_limit_beyond_the_corpus_is_said_once_before_the_run(bench):
     words = "--methods dense,random --suites perplexity,fidelity,speed --limit"
     for limit, said in ((4, 1), (3, 0)):
         status, out, _ = bench(f"{words} {limit}")
-        assert status == 0 and out.count(f"evaluation documents in file:{bench.corpus}: 3, so --limit 4 is 3\n") == said
+        assert status == 0 and out.count(f"evaluation documents in file:{bench.corpus}: 3, fewer than the limit of 4\n") == said
         assert out.startswith("evaluation documents in") == bool(said)
 
 

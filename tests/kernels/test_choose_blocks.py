@@ -105,7 +105,7 @@ def test_follows_the_rule(device, impl, options, shape):
     check(impl, q, k, sizes, options, within if impl == "triton" else 1e-4)
 
 
-@pytest.mark.parametrize("blocks", [2000, 4000, 8000])
+@pytest.mark.parametrize("blocks", [200, 500, 2000, 4000, 8000])
 @pytest.mark.parametrize("name", ["width", "threshold, least"])
 def test_long_rows(device, blocks, name):
     q, k, sizes = tensors(device, torch.float32, 1, 2, 1, 40, 8 * blocks, 32, 8, 16)
@@ -198,6 +198,10 @@ def test_refuses_what_does_not_fit(device, monkeypatch):
         choose_blocks(q, k, *sizes, width=3, impl="cuda")
     with pytest.raises(ValueError, match="float64"):
         choose_blocks(q.double(), k.double(), *sizes, width=3, impl="triton")
+    for parts, dtype in ((1, module.HALF), (3, module.HALF), (2, torch.float16)):
+        x, y = (x[..., None, :].expand(*x.shape[:3], parts, -1).to(dtype) for x in (q, k))
+        with pytest.raises(ValueError, match="halves"):
+            choose_blocks(x, y, *sizes, width=3)
     monkeypatch.setattr(module, "MOST_BLOCKS", 9)
     with pytest.raises(ValueError, match="up to 9 key blocks"):
         choose_blocks(q, k, *sizes, width=3, impl="triton")

@@ -58,6 +58,7 @@ def test_equals_the_definition(device, within_budget, impl, shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_halves_sum_to_the_whole(device, shape):
+    """In the interpreter, whose halves are fp32, the low ones are 0: there this tests where they are written."""
     inputs = tensors(device, torch.float32, *shape)
     for out, parts in zip(gate_project(*inputs, impl="triton"), gate_project(*inputs, halves=True, impl="triton")):
         assert parts.dtype == HALF and parts.shape == (*out.shape[:3], 2, out.shape[3])

@@ -45,9 +45,11 @@ def test_densities_as_near_as_calibration_turns_knobs_are_one_cost(results):
     ):  # fmt: skip
         add_quality(results, method, nll, density)
         add_ttft(results, method, 1000 * density)
+    add_quality(results, "near", 11.5, 0.3)
+    add_ttft(results, "near", 250.0)  # 1 % less time than "good"
     table = pareto(results.frame()).set_index("label")
     assert set(table.index[table["on_density_frontier"]]) == {"late", "good", "cheaper"}
-    assert table["on_time_frontier"]["good"] and not table["on_time_frontier"]["lucky"]
+    assert set(table.index[table["on_time_frontier"]]) == {"late", "good", "cheaper", "near"}
 
 
 def test_a_missing_density_is_on_no_frontier_and_beats_nobody(results):

@@ -147,8 +147,8 @@ def test_lines_end_at_newlines_only(tmp_path):
 def test_a_corpus_that_holds_fewer_documents_than_asked_for_says_so(tmp_path, hub):
     path = tmp_path / "a.txt"
     path.write_text("one")
-    assert shortfall("pydoc", 10) == "evaluation documents in pydoc: 4, so --limit 10 is 4"
-    assert shortfall(f"file:{path}", 2) == f"evaluation documents in file:{path}: 1, so --limit 2 is 1"
+    assert shortfall("pydoc", 10) == "evaluation documents in pydoc: 4, fewer than the limit of 10"
+    assert shortfall(f"file:{path}", 2) == f"evaluation documents in file:{path}: 1, fewer than the limit of 2"
     for source, limit in (("pydoc", 4), (f"file:{path}", 1), (f"file:{path}", None), ("pg19", 10)):
         assert shortfall(source, limit) == ""
     assert not hub.asked
