@@ -18,7 +18,6 @@ from ..kernels import BlockMask, block_sparse_attention, causal_blocks
 from ..kernels.selection import keep_top
 
 METHODS: dict[str, type[Method]] = {}
-OVERRIDDEN = ("score", "select", "attend")  # a method overrides exactly one of them
 
 Rope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -174,7 +173,7 @@ def register(cls: type[Method]) -> type[Method]:
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen or "__dataclass_fields__" not in vars(cls):
         raise ValueError(f"{cls.__name__} must be a @dataclass(frozen=True) below @register")
-    overridden = [f for f in OVERRIDDEN if getattr(cls, f) is not getattr(Method, f)]
+    overridden = _overridden(cls)
     if len(overridden) != 1:
         raise ValueError(f"{cls.__name__} must override exactly one of score, select, attend; it overrides {overridden}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -194,6 +193,10 @@ def register(cls: type[Method]) -> type[Method]:
         raise ValueError(f"a method named {cls.name!r} is registered already")
     METHODS[cls.name] = cls
     return cls
+
+
+def _overridden(cls: type[Method]) -> list[str]:
+    return [f for f in ("score", "select", "attend") if getattr(cls, f) is not getattr(Method, f)]
 
 
 def check_fields(method: Method, **bounds: tuple[float, float]) -> None:
@@ -242,7 +245,7 @@ def blamed(method: Method) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        function = next((f for f in OVERRIDDEN if getattr(type(method), f) is not getattr(Method, f)), "select")
+        function = next(iter(_overridden(type(method))), "select")
         code = getattr(inspect.unwrap(getattr(type(method), function)), "__code__", None)
         place = f" ({function}() in {Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
         raise ValueError(f"{method.name}: {error}{place}") from error

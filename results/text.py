@@ -79,9 +79,8 @@ def _means_row(part: pd.DataFrame, extra: list[str], detail: int, versus: str | 
     first = next(iter(means.values()))
     row = {"method": first["label"]} | {_setting(name): _said(name, first[name]) for name in extra}
     row |= {"tasks": f"{max(r['tasks'] for r in means.values())} of {first['tasks_of']}"}
-    densities = [_density(r["density"], r["density_target"]) for r in means.values()]
-    far = "*" if any(density.endswith("*") for density in densities) else ""
-    row |= {"density": _number(pd.Series([r["density"] for r in means.values()]).mean()) + far}
+    far = any(_far(r["density"], r["density_target"]) for r in means.values())
+    row |= {"density": _number(pd.Series([r["density"] for r in means.values()]).mean()) + "*" * far}
     shown = {ctx_name(ctx_len): (record, detail) for ctx_len, record in means.items()}
     shown |= {n.replace("_", " "): (records[n, 0], min(detail, 1)) for n in ("wavg_inc", "wavg_dec") if (n, 0) in records}
     for name, (record, fine) in shown.items():
@@ -119,7 +118,7 @@ def compact(group: pd.DataFrame, versus: str | None = None) -> tuple[str, pd.Dat
             first = cell.iloc[0]
             row = {"method": first["label"], "task": tasks[first["task"]], "ctx": ctx_name(first["ctx_len"])}
             row |= {_setting(name): _said(name, first[name]) for name in extra}
-            row |= {"density": _density(first["density"], first["density_target"])}
+            row |= {"density": _number(first["density"]) + "*" * _far(first["density"], first["density_target"])}
             if first["suite"] in TIMED:
                 values = dict(zip(cell["metric"], cell["value"]))
                 row |= {name: _number(values[metric]) for metric, name in TIMED_COLUMNS.items() if metric in values}
@@ -203,9 +202,8 @@ def _short_tasks(tasks: Iterable[str]) -> dict[str, str]:
     return {task: name if names.count(name) == 1 else task for task, name in short.items()}
 
 
-def _density(value: float, target: Any) -> str:
-    far = pd.notna(target) and (value < NEAR[0] * target or value > NEAR[1] * target)
-    return _number(value) + ("*" if far else "")
+def _far(density: float, target: Any) -> bool:
+    return bool(pd.notna(target) and (density < NEAR[0] * target or density > NEAR[1] * target))
 
 
 def _number(value: Any, style: str = ".4g") -> str:
